@@ -1,0 +1,269 @@
+"""The mathematics of fusedpo in plain PyTorch: the definition, the fallback, and what the tests compare with.
+
+Written to be read, not to be fast: every logit of the scored rows exists at once. Works on any device and in float64.
+Rows whose label is ``ignore_index`` are left out before anything is computed, so whatever they hold (NaN, too) can
+reach neither a result nor a gradient; their own gradient is zero and the graph stays connected when none is left.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpo._check import METRICS, check_linear, check_pair_logps, check_token_logps
+
+__all__ = [
+    "METRICS",
+    "PairLogps",
+    "PreferenceLoss",
+    "TokenLogps",
+    "linear_token_logps",
+    "pair_logps",
+    "preference_loss",
+    "token_logps",
+]
+
+
+class TokenLogps(NamedTuple):
+    """Per-token results, each shaped like the labels, in nats; a metric that was not asked for is None."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities [B] of whole completions in nats, and their lengths [B] in tokens."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+
+class PreferenceLoss(NamedTuple):
+    """`loss` (0-d, or [B] for reduction "none") and `losses` [B] carry gradients; the other four, [B], do not."""
+
+    loss: Tensor
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    margins: Tensor
+    accuracies: Tensor
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    metrics: Sequence[str] = (),
+    inplace_backward: bool = False,
+) -> TokenLogps:
+    """Score `labels` [...] under `logits` [..., V].
+
+    `inplace_backward` is accepted and changes nothing here: the gradient is always a new tensor, and a second
+    backward through a retained graph works. (The operators write the gradient over the logits.)
+    """
+    check_token_logps(logits, labels, ignore_index, temperature, metrics)
+    del inplace_backward
+    _check_label_range(labels, logits.shape[-1], ignore_index)
+    keep = labels != ignore_index
+    # Half precision is widened before the first reduction, never after it.
+    z = _at_least_fp32(logits[keep]) / temperature
+    return _score(z, labels, keep, metrics)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    metrics: Sequence[str] = (),
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    logits_budget_bytes: int | None = None,
+) -> TokenLogps:
+    """Score `labels` [...] under the logits of `hidden` [..., H] and the head `weight` [V, H].
+
+    The product follows ``F.linear``: its dtype is the inputs', or the autocast dtype under autocast.
+    `logits_budget_bytes` is accepted and changes nothing here.
+    """
+    check_linear(
+        hidden, weight, labels, bias, ignore_index, temperature, softcap, logit_scale, metrics, lora, logits_budget_bytes
+    )
+    _check_label_range(labels, weight.shape[0], ignore_index)
+    keep = labels != ignore_index
+    x = hidden[keep]
+    z = F.linear(x, weight, bias)
+    if lora is not None:
+        lora_a, lora_b, lora_scale = lora
+        z = z + lora_scale * F.linear(F.linear(x, lora_a), lora_b)
+    z = _at_least_fp32(z) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return _score(z / temperature, labels, keep, metrics)
+
+
+def _score(z: Tensor, labels: Tensor, keep: Tensor, metrics: Sequence[str]) -> TokenLogps:
+    """z [kept rows, V] are the final logits; the results get back the shape of `labels`, 0 where `keep` is False."""
+    target = labels[keep]
+    log_probs = torch.log_softmax(z, dim=-1)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(labels.shape).masked_scatter(keep, values)
+
+    entropy = log_sum_sq_probs = mean_logits = is_top1 = None
+    if "entropy" in metrics:
+        # p log p is 0 at p = 0, where the plain product would be 0 * -inf (a logit of -inf bars a token).
+        finite = log_probs.masked_fill(log_probs == -torch.inf, 0)
+        entropy = spread(-(log_probs.exp() * finite).sum(dim=-1))
+    if "log_sum_sq_probs" in metrics:
+        log_sum_sq_probs = spread(torch.logsumexp(2 * log_probs.detach(), dim=-1))
+    if "mean_logits" in metrics:
+        mean_logits = spread(z.detach().mean(dim=-1))
+    if "is_top1" in metrics:
+        is_top1 = spread(z.detach().argmax(dim=-1) == target)  # argmax takes the first maximum
+    logps = spread(log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+    return TokenLogps(logps, entropy, log_sum_sq_probs, mean_logits, is_top1)
+
+
+def pair_logps(logps: Tensor, completion_mask: Tensor, *, ld_alpha: float | None = None) -> PairLogps:
+    """Sum `logps` [2B, T] over each completion; rows 0..B-1 are chosen, rows B..2B-1 rejected.
+
+    With `ld_alpha`, tokens past the length of the shorter completion of the pair count `ld_alpha` times
+    (arXiv 2409.06411). Sums run in float64 and are rounded once. What stands at masked positions never matters.
+    """
+    check_pair_logps(logps, completion_mask, ld_alpha)
+    mask = completion_mask != 0
+    lengths = mask.sum(dim=1)
+    values = logps.masked_fill(~mask, 0).double()
+    if ld_alpha is not None:
+        pairs = mask.shape[0] // 2
+        shorter = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
+        beyond = mask.cumsum(dim=1) > shorter.unsqueeze(1)
+        values = torch.where(beyond, ld_alpha * values, values)
+    # Reading a value would break a compiled graph and stall another device: there the caller looks at the lengths.
+    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and bool((lengths == 0).any()):
+        warnings.warn(
+            "fusedpo: a completion has no token to score; its log-probability is 0. Was it cut off by max_length?",
+            stacklevel=2,
+        )
+    chosen, rejected = values.sum(dim=1).to(logps.dtype).chunk(2)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    bad = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if bool(bad.any()):
+        position = tuple(bad.nonzero()[0].tolist())
+        raise RuntimeError(
+            f"labels must be in [0, {vocabulary}) or equal ignore_index ({ignore_index}); "
+            f"got {int(labels[position])} at position {position}"
+        )
+
+
+def preference_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
+    cpo_alpha: float | None = None,
+    simpo_gamma: float = 0.5,
+    alpha: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    chosen_nll: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> PreferenceLoss:
+    """The DPO loss ``-log sigmoid(beta * delta)`` of log-probabilities [B] in nats (arXiv 2305.18290).
+
+    ``delta = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``. The arithmetic per pair runs
+    in float64 and is rounded once. Only ``loss_type="sigmoid"`` is defined here; everything else is refused by name.
+    """
+    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    for name in names:
+        if name != "sigmoid":
+            raise ValueError(f"loss_type must be 'sigmoid'; got {name!r}.")
+    weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
+    if not names or len(weights) != len(names):
+        raise ValueError(f"loss_weights must have one weight for each of {names}; got {weights}.")
+    options = {
+        "label_smoothing": (label_smoothing, 0.0),
+        "f_divergence_type": (f_divergence_type, "reverse_kl"),
+        "f_alpha_divergence_coef": (f_alpha_divergence_coef, 0.5),
+        "discopop_tau": (discopop_tau, 0.05),
+        "cpo_alpha": (cpo_alpha, None),
+        "simpo_gamma": (simpo_gamma, 0.5),
+        "alpha": (alpha, 0.0),
+    }
+    for option, (value, default) in options.items():
+        if value != default:
+            raise ValueError(f"{option} must be left at {default!r} with loss_type 'sigmoid'; got {value!r}.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}.")
+    if ref_chosen_logps is None or ref_rejected_logps is None:
+        raise ValueError(
+            "ref_chosen_logps and ref_rejected_logps must be given with loss_type 'sigmoid'; got None. "
+            "Pass zeros to mean a reference of zeros."
+        )
+    inputs = {
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "ref_chosen_logps": ref_chosen_logps,
+        "ref_rejected_logps": ref_rejected_logps,
+    }
+    if pair_weights is not None:
+        inputs["pair_weights"] = pair_weights
+    for argument, tensor in inputs.items():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{argument} must be float32 or float64; got {tensor.dtype}.")
+        if tensor.dim() != 1 or tensor.shape != chosen_logps.shape:
+            raise ValueError(
+                f"{argument} must have shape [B], one value for each pair as in chosen_logps "
+                f"{list(chosen_logps.shape)}; got {list(tensor.shape)}."
+            )
+    del chosen_lengths, rejected_lengths, chosen_nll  # allowed, and not part of this loss
+
+    dtype = chosen_logps.dtype
+    chosen_rewards = beta * (chosen_logps.double() - ref_chosen_logps.double())
+    rejected_rewards = beta * (rejected_logps.double() - ref_rejected_logps.double())
+    margins = chosen_rewards - rejected_rewards
+    losses = -F.logsigmoid(margins) * sum(weights)
+    if pair_weights is not None:
+        losses = losses * pair_weights.double()
+    reduced = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+    return PreferenceLoss(
+        loss=reduced.to(dtype),
+        losses=losses.to(dtype),
+        chosen_rewards=chosen_rewards.detach().to(dtype),
+        rejected_rewards=rejected_rewards.detach().to(dtype),
+        margins=margins.detach().to(dtype),
+        accuracies=(margins.detach() > 0).to(dtype),
+    )
