@@ -1,8 +1,9 @@
 """Argument checks shared by the public functions and by ``fusedpo.reference``.
 
-Every message says what must hold, what it got and, where it is not obvious, what to do. Only shapes, dtypes, devices
-and Python numbers are read, never tensor values: the checks synchronise with no device and trace under
-``torch.compile(fullgraph=True)``. (The range of the labels is a property of values; the operators check it.)
+Every message says what must hold, what it got and, where it is not obvious, what to do. Only
+shapes, dtypes, devices and Python numbers are read, never tensor values: the checks synchronise
+with no device and trace under ``torch.compile(fullgraph=True)``. (The range of the labels is a
+property of values; the operators check it.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def check_token_logps(
     _check_float_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(
-            f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}. The last dimension is the vocabulary."
+            f"logits must have shape [..., V] with V >= 1; got {list(logits.shape)}. "
+            "The last dimension is the vocabulary."
         )
     _check_labels(labels, "logits", logits)
     _check_int("ignore_index", ignore_index)
@@ -58,14 +60,15 @@ def check_linear(
     size = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != size or weight.shape[0] < 1:
         raise ValueError(
-            f"weight must have shape [V, {size}] to match hidden {list(hidden.shape)}; got {list(weight.shape)}. "
-            "lm_head.weight has this layout (a transposed matrix needs .t())."
+            f"weight must have shape [V, {size}] to match hidden {list(hidden.shape)}; "
+            f"got {list(weight.shape)}. lm_head.weight has this layout (a transposed matrix needs .t())."
         )
     vocabulary = weight.shape[0]
     parameters = [("weight", weight)]
     if bias is not None:
         _check_float_tensor("bias", bias)
-        _check_shape("bias", bias, (vocabulary,), f"one entry for each row of weight {list(weight.shape)}")
+        why = f"one entry for each row of weight {list(weight.shape)}"
+        _check_shape("bias", bias, (vocabulary,), why)
         parameters.append(("bias", bias))
     if lora is not None:
         lora_a, lora_b = _check_lora(lora, vocabulary, size)
@@ -86,7 +89,8 @@ def check_linear(
         _check_int("logits_budget_bytes", logits_budget_bytes)
         if logits_budget_bytes < 0:
             raise ValueError(
-                f"logits_budget_bytes must be >= 0; got {logits_budget_bytes}. 0 keeps no logits, None takes the default."
+                f"logits_budget_bytes must be >= 0; got {logits_budget_bytes}. "
+                "0 keeps no logits, None takes the default."
             )
 
 
@@ -96,28 +100,35 @@ def check_pair_logps(logps: Tensor, completion_mask: Tensor, ld_alpha: float | N
     _check_tensor("completion_mask", completion_mask)
     if logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"logps must be float32 or float64; got {logps.dtype}. token_logps returns float32 for half precision, too."
+            f"logps must be float32 or float64; got {logps.dtype}. "
+            "token_logps returns float32 for half precision, too."
         )
     if logps.dim() != 2 or logps.shape[0] % 2 != 0:
         raise ValueError(
-            f"logps must have shape [2B, T], chosen rows first and rejected rows after them; got {list(logps.shape)}."
+            "logps must have shape [2B, T], chosen rows first and rejected rows after them; "
+            f"got {list(logps.shape)}."
         )
     if completion_mask.shape != logps.shape:
         raise ValueError(
-            f"completion_mask must have shape {list(logps.shape)} to match logps; got {list(completion_mask.shape)}. "
-            "Shift the mask as the labels: completion_mask[:, 1:]?"
+            f"completion_mask must have shape {list(logps.shape)} to match logps; "
+            f"got {list(completion_mask.shape)}. Shift the mask as the labels: completion_mask[:, 1:]?"
         )
     if completion_mask.is_floating_point() or completion_mask.is_complex():
-        raise TypeError(f"completion_mask must be bool or integer (0 or 1); got {completion_mask.dtype}.")
+        raise TypeError(
+            f"completion_mask must be bool or integer (0 or 1); got {completion_mask.dtype}."
+        )
     _check_same_device("completion_mask", completion_mask, "logps", logps)
     if ld_alpha is not None:
         _check_number("ld_alpha", ld_alpha)
         if not 0 <= ld_alpha <= 1:
-            raise ValueError(f"ld_alpha must be in [0, 1]; got {ld_alpha}. None or 1 turns length desensitisation off.")
+            raise ValueError(
+                f"ld_alpha must be in [0, 1]; got {ld_alpha}. "
+                "None or 1 turns length desensitisation off."
+            )
 
 
 def linear_compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which ``F.linear`` multiplies: the autocast dtype if autocast is on, else that of `hidden`."""
+    """The dtype in which ``F.linear`` multiplies: autocast's if it is on, else that of `hidden`."""
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -131,14 +142,21 @@ def _check_labels(labels: Tensor, rows_name: str, rows: Tensor) -> None:
     want = rows.shape[:-1]
     if labels.shape != want:
         shifted = labels.shape[:-1] == want[:-1] and abs(labels.shape[-1] - want[-1]) == 1
-        hint = " Shift labels before the call?" if shifted else f" One label for each row of {rows_name}."
+        hint = (
+            " Shift labels before the call?"
+            if shifted
+            else f" One label for each row of {rows_name}."
+        )
         raise ValueError(
-            f"labels must have shape {list(want)} to match {rows_name} {list(rows.shape)}; got {list(labels.shape)}.{hint}"
+            f"labels must have shape {list(want)} to match {rows_name} {list(rows.shape)}; "
+            f"got {list(labels.shape)}.{hint}"
         )
     _check_same_device("labels", labels, rows_name, rows)
 
 
-def _check_lora(lora: tuple[Tensor, Tensor, float], vocabulary: int, size: int) -> tuple[Tensor, Tensor]:
+def _check_lora(
+    lora: tuple[Tensor, Tensor, float], vocabulary: int, size: int
+) -> tuple[Tensor, Tensor]:
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         got = f"{len(lora)} entries" if isinstance(lora, (tuple, list)) else type(lora).__name__
         raise TypeError(f"lora must be None or a tuple (A [r, H], B [V, r], scale); got {got}.")
@@ -146,8 +164,11 @@ def _check_lora(lora: tuple[Tensor, Tensor, float], vocabulary: int, size: int) 
     _check_float_tensor("lora A", lora_a)
     _check_float_tensor("lora B", lora_b)
     if lora_a.dim() != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != size:
-        raise ValueError(f"lora A must have shape [r, {size}] with r >= 1; got {list(lora_a.shape)}.")
-    _check_shape("lora B", lora_b, (vocabulary, lora_a.shape[0]), f"to match weight and lora A {list(lora_a.shape)}")
+        raise ValueError(
+            f"lora A must have shape [r, {size}] with r >= 1; got {list(lora_a.shape)}."
+        )
+    why = f"to match weight and lora A {list(lora_a.shape)}"
+    _check_shape("lora B", lora_b, (vocabulary, lora_a.shape[0]), why)
     _check_number("lora scale", scale)
     if not -_INFINITY < scale < _INFINITY:
         raise ValueError(f"lora scale must be finite; got {scale}.")
@@ -156,7 +177,9 @@ def _check_lora(lora: tuple[Tensor, Tensor, float], vocabulary: int, size: int) 
 
 def _check_metrics(metrics: Sequence[str]) -> None:
     if isinstance(metrics, str) or not isinstance(metrics, (tuple, list)):
-        got = f"the string {metrics!r}. Write ({metrics!r},)" if isinstance(metrics, str) else type(metrics).__name__
+        got = type(metrics).__name__
+        if isinstance(metrics, str):
+            got = f"the string {metrics!r}. Write ({metrics!r},)"
         raise TypeError(f"metrics must be a tuple or list of names; got {got}.")
     for name in metrics:
         if name not in METRICS:
@@ -166,11 +189,12 @@ def _check_metrics(metrics: Sequence[str]) -> None:
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}.")
-    # By name: importing torch.distributed.tensor costs time and is not possible in every build of torch.
+    # By name: importing torch.distributed.tensor costs time and not every build of torch has it.
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
-            f"{name} must be a plain torch.Tensor; got a DTensor. Gather it before the call with {name}.full_tensor() "
-            '(under FSDP2 with grad_placements=[Partial("avg")], so that its gradient is averaged over the ranks).'
+            f"{name} must be a plain torch.Tensor; got a DTensor. Gather it before the call with "
+            f"{name}.full_tensor() (under FSDP2 with grad_placements=[Partial('avg')], so that its "
+            "gradient is averaged over the ranks)."
         )
 
 
@@ -191,7 +215,8 @@ def _check_shape(name: str, tensor: Tensor, want: tuple[int, ...], why: str) -> 
 def _check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(
-            f"{name} must be on the device of {other_name}, {other.device}; got {tensor.device}. "
+            f"{name} must be on the device of {other_name}, {other.device}; "
+            f"got {tensor.device}. "
             f"Use {name}.to({other_name}.device)."
         )
 
@@ -204,7 +229,9 @@ def _check_same_dtype(name: str, tensor: Tensor, hidden: Tensor) -> None:
     if autocast and torch.float64 not in (tensor.dtype, hidden.dtype):
         return
     hint = "" if autocast else " Convert one of them, or call under torch.autocast."
-    raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}; got {tensor.dtype}.{hint}")
+    raise TypeError(
+        f"{name} must have the dtype of hidden, {hidden.dtype}; got {tensor.dtype}.{hint}"
+    )
 
 
 def _check_number(name: str, value: float) -> None:

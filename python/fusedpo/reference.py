@@ -1,8 +1,9 @@
-"""The mathematics of fusedpo in plain PyTorch: the definition, the fallback, and what the tests compare with.
+"""The mathematics of fusedpo in plain PyTorch: definition, fallback, and what tests compare with.
 
-Written to be read, not to be fast: every logit of the scored rows exists at once. Works on any device and in float64.
-Rows whose label is ``ignore_index`` are left out before anything is computed, so whatever they hold (NaN, too) can
-reach neither a result nor a gradient; their own gradient is zero and the graph stays connected when none is left.
+Written to be read, not to be fast: every logit of the scored rows exists at once. Works on any
+device and in float64. Rows whose label is ``ignore_index`` are left out before anything is
+computed, so whatever they hold (NaN, too) can reach neither a result nor a gradient; their own
+gradient is zero and the graph stays connected when none is left.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class PairLogps(NamedTuple):
 
 
 class PreferenceLoss(NamedTuple):
-    """`loss` (0-d, or [B] for reduction "none") and `losses` [B] carry gradients; the other four, [B], do not."""
+    """`loss` (0-d, or [B] for reduction "none") and `losses` [B] have gradients; the others do not."""
 
     loss: Tensor
     losses: Tensor
@@ -70,8 +71,9 @@ def token_logps(
 ) -> TokenLogps:
     """Score `labels` [...] under `logits` [..., V].
 
-    `inplace_backward` is accepted and changes nothing here: the gradient is always a new tensor, and a second
-    backward through a retained graph works. (The operators write the gradient over the logits.)
+    `inplace_backward` is accepted and changes nothing here: the gradient is always a new tensor,
+    and a second backward through a retained graph works. (The operators write the gradient over
+    the logits.)
     """
     check_token_logps(logits, labels, ignore_index, temperature, metrics)
     del inplace_backward
@@ -102,7 +104,17 @@ def linear_token_logps(
     `logits_budget_bytes` is accepted and changes nothing here.
     """
     check_linear(
-        hidden, weight, labels, bias, ignore_index, temperature, softcap, logit_scale, metrics, lora, logits_budget_bytes
+        hidden,
+        weight,
+        labels,
+        bias,
+        ignore_index,
+        temperature,
+        softcap,
+        logit_scale,
+        metrics,
+        lora,
+        logits_budget_bytes,
     )
     _check_label_range(labels, weight.shape[0], ignore_index)
     keep = labels != ignore_index
@@ -118,7 +130,7 @@ def linear_token_logps(
 
 
 def _score(z: Tensor, labels: Tensor, keep: Tensor, metrics: Sequence[str]) -> TokenLogps:
-    """z [kept rows, V] are the final logits; the results get back the shape of `labels`, 0 where `keep` is False."""
+    """z [kept rows, V] are the final logits; results are shaped like `labels`, 0 where not kept."""
     target = labels[keep]
     log_probs = torch.log_softmax(z, dim=-1)
 
@@ -127,7 +139,7 @@ def _score(z: Tensor, labels: Tensor, keep: Tensor, metrics: Sequence[str]) -> T
 
     entropy = log_sum_sq_probs = mean_logits = is_top1 = None
     if "entropy" in metrics:
-        # p log p is 0 at p = 0, where the plain product would be 0 * -inf (a logit of -inf bars a token).
+        # p log p is 0 at p = 0, where the plain product is 0 * -inf (a logit of -inf bars a token).
         finite = log_probs.masked_fill(log_probs == -torch.inf, 0)
         entropy = spread(-(log_probs.exp() * finite).sum(dim=-1))
     if "log_sum_sq_probs" in metrics:
@@ -140,11 +152,14 @@ def _score(z: Tensor, labels: Tensor, keep: Tensor, metrics: Sequence[str]) -> T
     return TokenLogps(logps, entropy, log_sum_sq_probs, mean_logits, is_top1)
 
 
-def pair_logps(logps: Tensor, completion_mask: Tensor, *, ld_alpha: float | None = None) -> PairLogps:
+def pair_logps(
+    logps: Tensor, completion_mask: Tensor, *, ld_alpha: float | None = None
+) -> PairLogps:
     """Sum `logps` [2B, T] over each completion; rows 0..B-1 are chosen, rows B..2B-1 rejected.
 
-    With `ld_alpha`, tokens past the length of the shorter completion of the pair count `ld_alpha` times
-    (arXiv 2409.06411). Sums run in float64 and are rounded once. What stands at masked positions never matters.
+    With `ld_alpha`, tokens past the length of the shorter completion of the pair count `ld_alpha`
+    times (arXiv 2409.06411). Sums run in float64 and are rounded once. What stands at masked
+    positions never matters.
     """
     check_pair_logps(logps, completion_mask, ld_alpha)
     mask = completion_mask != 0
@@ -155,10 +170,13 @@ def pair_logps(logps: Tensor, completion_mask: Tensor, *, ld_alpha: float | None
         shorter = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
         beyond = mask.cumsum(dim=1) > shorter.unsqueeze(1)
         values = torch.where(beyond, ld_alpha * values, values)
-    # Reading a value would break a compiled graph and stall another device: there the caller looks at the lengths.
-    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and bool((lengths == 0).any()):
+    # Reading a value would break a compiled graph and stall another device; there the caller has
+    # the lengths to look at.
+    may_read = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
+    if may_read and bool((lengths == 0).any()):
         warnings.warn(
-            "fusedpo: a completion has no token to score; its log-probability is 0. Was it cut off by max_length?",
+            "fusedpo: a completion has no token to score; its log-probability is 0. "
+            "Was it cut off by max_length?",
             stacklevel=2,
         )
     chosen, rejected = values.sum(dim=1).to(logps.dtype).chunk(2)
@@ -202,10 +220,11 @@ def preference_loss(
     pair_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """The DPO loss ``-log sigmoid(beta * delta)`` of log-probabilities [B] in nats (arXiv 2305.18290).
+    """The DPO loss ``-log sigmoid(beta * delta)`` of log-probabilities [B] in nats.
 
-    ``delta = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``. The arithmetic per pair runs
-    in float64 and is rounded once. Only ``loss_type="sigmoid"`` is defined here; everything else is refused by name.
+    ``delta = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``, arXiv
+    2305.18290. The arithmetic per pair runs in float64 and is rounded once. Only
+    ``loss_type="sigmoid"`` is defined here; everything else is refused by name.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
@@ -225,13 +244,15 @@ def preference_loss(
     }
     for option, (value, default) in options.items():
         if value != default:
-            raise ValueError(f"{option} must be left at {default!r} with loss_type 'sigmoid'; got {value!r}.")
+            raise ValueError(
+                f"{option} must be left at {default!r} with loss_type 'sigmoid'; got {value!r}."
+            )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}.")
     if ref_chosen_logps is None or ref_rejected_logps is None:
         raise ValueError(
-            "ref_chosen_logps and ref_rejected_logps must be given with loss_type 'sigmoid'; got None. "
-            "Pass zeros to mean a reference of zeros."
+            "ref_chosen_logps and ref_rejected_logps must be given with loss_type 'sigmoid'; "
+            "got None. Pass zeros to mean a reference of zeros."
         )
     inputs = {
         "chosen_logps": chosen_logps,
@@ -258,7 +279,9 @@ def preference_loss(
     losses = -F.logsigmoid(margins) * sum(weights)
     if pair_weights is not None:
         losses = losses * pair_weights.double()
-    reduced = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+    reduced = losses
+    if reduction != "none":
+        reduced = losses.mean() if reduction == "mean" else losses.sum()
     return PreferenceLoss(
         loss=reduced.to(dtype),
         losses=losses.to(dtype),
