@@ -61,7 +61,7 @@ def check_linear(
     if weight.dim() != 2 or weight.shape[1] != size or weight.shape[0] < 1:
         raise ValueError(
             f"weight must have shape [V, {size}] to match hidden {list(hidden.shape)}; "
-            f"got {list(weight.shape)}. lm_head.weight has this layout (a transposed matrix needs .t())."
+            f"got {list(weight.shape)}. lm_head.weight has this layout; a transposed one needs .t()."
         )
     vocabulary = weight.shape[0]
     parameters = [("weight", weight)]
@@ -111,7 +111,7 @@ def check_pair_logps(logps: Tensor, completion_mask: Tensor, ld_alpha: float | N
     if completion_mask.shape != logps.shape:
         raise ValueError(
             f"completion_mask must have shape {list(logps.shape)} to match logps; "
-            f"got {list(completion_mask.shape)}. Shift the mask as the labels: completion_mask[:, 1:]?"
+            f"got {list(completion_mask.shape)}. Shift it as the labels: completion_mask[:, 1:]?"
         )
     if completion_mask.is_floating_point() or completion_mask.is_complex():
         raise TypeError(

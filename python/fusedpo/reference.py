@@ -31,7 +31,7 @@ __all__ = [
 
 
 class TokenLogps(NamedTuple):
-    """Per-token results, each shaped like the labels, in nats; a metric that was not asked for is None."""
+    """Results per token, each shaped like the labels, in nats; None for a metric not asked for."""
 
     logps: Tensor
     entropy: Tensor | None
@@ -50,7 +50,7 @@ class PairLogps(NamedTuple):
 
 
 class PreferenceLoss(NamedTuple):
-    """`loss` (0-d, or [B] for reduction "none") and `losses` [B] have gradients; the others do not."""
+    """`loss` (0-d, or [B] for reduction "none") and `losses` [B] have gradients, the rest not."""
 
     loss: Tensor
     losses: Tensor
@@ -100,7 +100,7 @@ def linear_token_logps(
 ) -> TokenLogps:
     """Score `labels` [...] under the logits of `hidden` [..., H] and the head `weight` [V, H].
 
-    The product follows ``F.linear``: its dtype is the inputs', or the autocast dtype under autocast.
+    The product follows ``F.linear``: its dtype is the inputs', under autocast the autocast dtype.
     `logits_budget_bytes` is accepted and changes nothing here.
     """
     check_linear(
@@ -164,7 +164,7 @@ def pair_logps(
     check_pair_logps(logps, completion_mask, ld_alpha)
     mask = completion_mask != 0
     lengths = mask.sum(dim=1)
-    values = logps.masked_fill(~mask, 0).double()
+    values = _exact(logps.masked_fill(~mask, 0))
     if ld_alpha is not None:
         pairs = mask.shape[0] // 2
         shorter = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
@@ -186,6 +186,11 @@ def pair_logps(
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Float64, in which sums are exact enough to be rounded once; MPS has no more than float32."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 def _check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -273,12 +278,12 @@ def preference_loss(
     del chosen_lengths, rejected_lengths, chosen_nll  # allowed, and not part of this loss
 
     dtype = chosen_logps.dtype
-    chosen_rewards = beta * (chosen_logps.double() - ref_chosen_logps.double())
-    rejected_rewards = beta * (rejected_logps.double() - ref_rejected_logps.double())
+    chosen_rewards = beta * (_exact(chosen_logps) - _exact(ref_chosen_logps))
+    rejected_rewards = beta * (_exact(rejected_logps) - _exact(ref_rejected_logps))
     margins = chosen_rewards - rejected_rewards
     losses = -F.logsigmoid(margins) * sum(weights)
     if pair_weights is not None:
-        losses = losses * pair_weights.double()
+        losses = losses * _exact(pair_weights)
     reduced = losses
     if reduction != "none":
         reduced = losses.mean() if reduction == "mean" else losses.sum()
