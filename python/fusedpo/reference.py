@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpo._check import METRICS, check_linear, check_pair_logps, check_token_logps
+from ._check import METRICS, check_linear, check_pair_logps, check_token_logps
 
 __all__ = [
     "METRICS",
