@@ -61,7 +61,7 @@ def check_linear(
     if weight.dim() != 2 or weight.shape[1] != size or weight.shape[0] < 1:
         raise ValueError(
             f"weight must have shape [V, {size}] to match hidden {list(hidden.shape)}; "
-            f"got {list(weight.shape)}. lm_head.weight has it; a transposed one needs .t()."
+            f"got {list(weight.shape)}. Pass lm_head.weight as it is (untransposed)."
         )
     vocabulary = weight.shape[0]
     parameters = [("weight", weight)]
