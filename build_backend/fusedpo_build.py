@@ -1,8 +1,8 @@
 """Build backend: scikit-build-core, plus the decision what to do without a C++ compiler.
 
-Only a *missing* C++ compiler falls back to a pure-Python wheel. A compile error, a missing torch or
-a missing CUDA toolkit stays an error: a fallback there would hide a broken build. scikit-build-core's
-own `if.failed` override cannot tell these apart, so the choice is made here, before it starts.
+Only a *missing* C++ compiler falls back to a pure-Python wheel. A compile error, a missing torch
+or a missing CUDA toolkit stays an error: a fallback there would hide a broken build. The `if.failed`
+override of scikit-build-core cannot tell these apart, so the choice is made here, up front.
 
     FUSEDPO_NATIVE=auto      (default) as above
     FUSEDPO_NATIVE=require   a missing compiler is an error, too
@@ -68,7 +68,7 @@ def choose_pure(env: Mapping[str, str], settings: Settings = None) -> str | None
         return None
     remedy = "Install one (Debian, Ubuntu: apt install g++) or set CXX to yours, and install again"
     if native == "require":
-        raise SystemExit(f"fusedpo: {reason}, and FUSEDPO_NATIVE=require forbids to go on. {remedy}.")
+        raise SystemExit(f"fusedpo: {reason}; FUSEDPO_NATIVE=require forbids to go on. {remedy}.")
     cuda = (settings or {}).get("cmake.define.FUSEDPO_CUDA", env.get("FUSEDPO_CUDA", ""))
     if str(cuda).upper() == "ON":
         raise SystemExit(f"fusedpo: {reason}, and FUSEDPO_CUDA=ON needs one. {remedy}.")

@@ -72,7 +72,7 @@ def _disabled() -> bool:
     return os.environ.get("FUSEDPO_DISABLE_NATIVE", "") not in ("", "0")
 
 
-def _torch_too_old() -> bool:
+def torch_too_old() -> bool:
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     return found is not None and (int(found[1]), int(found[2])) < _OLDEST_TORCH
 
@@ -81,7 +81,9 @@ def _load_cpu() -> None:
     """Loads the CPU operators; on failure fills in `_problems`."""
     pure = _read_build_info(_HERE)
     if pure.get("native") is False:
-        _problems["cpu"] = f"fusedpo was installed as pure Python ({pure['reason']}); {_INSTALL_COMPILER}"
+        _problems["cpu"] = (
+            f"fusedpo was installed as pure Python ({pure['reason']}); {_INSTALL_COMPILER}"
+        )
         return
     if _disabled():
         _problems["cpu"] = "FUSEDPO_DISABLE_NATIVE is set; unset it"
@@ -103,7 +105,7 @@ def _load_cpu() -> None:
     library = folder / "libfusedpo_ops_cpu.so"
     if not library.exists():
         raise FileNotFoundError(f"{library.name} is missing from the install")
-    if _torch_too_old():
+    if torch_too_old():
         oldest = ".".join(map(str, _OLDEST_TORCH))
         raise RuntimeError(f"torch >= {oldest} is needed, {torch.__version__} is installed")
     torch.ops.load_library(library)
