@@ -1,4 +1,4 @@
-"""What was built, what is loaded, which path each device and dtype takes, and the remedy for each no.
+"""What was built, what is loaded, which path each device and dtype takes; a remedy for each no.
 
 `examine` gathers facts into one JSON-able dict, `render` turns it into text. Needs torch and numpy
 only; TRL and its friends are looked up by their metadata, never imported.
@@ -23,7 +23,6 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-_HALVES = ("bf16", "fp16")
 # Public functions by the operator that serves them; None: plain torch on every device.
 _FUNCTIONS: dict[str, str | None] = {
     "token_logps": "token_logps",
@@ -91,9 +90,10 @@ def _paths() -> list[dict[str, str]]:
 def _path(operator: str | None, kind: str, dtype: str, cpu: dict[str, str] | None) -> str:
     if operator is None or not _load.native(kind):
         return _REFERENCE
-    if operator == "linear_token_logps" and kind == "cpu" and dtype in _HALVES and cpu is not None:
-        # The GEMM of a half type runs as it is, or on tiles that are widened to fp32 first.
-        return "C++" if cpu["bf16_gemm"] == "native" else "C++, widened tiles"
+    if operator == "linear_token_logps" and cpu is not None:
+        # Where the GEMM has no fast path for a half type, its tiles are widened to fp32 first.
+        if dtype == "fp16" or (dtype == "bf16" and cpu["bf16_gemm"] == "widened"):
+            return "C++, widened tiles"
     return "C++"
 
 

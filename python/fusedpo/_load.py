@@ -48,7 +48,7 @@ def broken() -> str | None:
 
 
 def warn_fallback(device_type: str) -> None:
-    """Warns once per device type and process that `fusedpo.reference` serves, why, and what to do."""
+    """Warns, once per device type and process, that `fusedpo.reference` serves, and why."""
     if device_type in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device_type)
@@ -108,7 +108,7 @@ def _load_cpu() -> None:
     if torch_too_old():
         oldest = ".".join(map(str, _OLDEST_TORCH))
         raise RuntimeError(f"torch >= {oldest} is needed, {torch.__version__} is installed")
-    torch.ops.load_library(library)
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
 
 
 def _load() -> None:

@@ -309,9 +309,7 @@ def test_compile_error_is_an_error_and_not_a_fallback(tmp_path: pathlib.Path) ->
 
 
 @install
-def test_compiler_that_does_not_work_is_an_error(
-    project: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_compiler_that_does_not_work_is_an_error(tmp_path: pathlib.Path) -> None:
     text = failing_install(tmp_path, copy_project(tmp_path), CXX="/bin/false")
     assert "is not able to compile a simple test program" in text
 
