@@ -1,7 +1,8 @@
 """Build backend: scikit-build-core, plus the decision what to do without a C++ compiler.
 
-Only a *missing* C++ compiler falls back to a pure-Python wheel. A compile error, a missing x stays an error: a fallback there would hide a broken build. The `if.failed`
-override of scikit-build-core cannot tell these apart, so the choice is made here, up front.
+Only a *missing* C++ compiler falls back to a pure-Python wheel. A compile error, a missing torch
+or a missing CUDA toolkit stays an error: a fallback there would hide a broken build. The
+`if.failed` override of scikit-build-core cannot tell these apart, so it is decided here, up front.
 
     FUSEDPO_NATIVE=auto      (default) as above
     FUSEDPO_NATIVE=require   a missing compiler is an error, too

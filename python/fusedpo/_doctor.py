@@ -90,10 +90,10 @@ def _paths() -> list[dict[str, str]]:
 def _path(operator: str | None, kind: str, dtype: str, cpu: dict[str, str] | None) -> str:
     if operator is None or not _load.native(kind):
         return _REFERENCE
-    if operator == "linear_token_logps" and cpu is not None:
-        # Where the GEMM has no fast path for a half type, its tiles are widened to fp32 first.
-        if dtype == "fp16" or (dtype == "bf16" and cpu["bf16_gemm"] == "widened"):
-            return "C++, widened tiles"
+    # Where the GEMM has no fast path for a half type, its tiles are widened to fp32 first.
+    widened = {"fp16", "bf16"} if cpu and cpu["bf16_gemm"] == "widened" else {"fp16"}
+    if operator == "linear_token_logps" and dtype in widened:
+        return "C++, widened tiles"
     return "C++"
 
 

@@ -11,13 +11,13 @@ import json
 import os
 import pathlib
 import re
+import sys
 import warnings
 from typing import Any
 
 import torch
 
 _OLDEST_TORCH = (2, 10)
-_HERE = pathlib.Path(__file__).parent
 _INSTALL_COMPILER = (
     "install a C++ compiler (Debian, Ubuntu: apt install g++) and install fusedpo again"
 )
@@ -79,7 +79,9 @@ def torch_too_old() -> bool:
 
 def _load_cpu() -> None:
     """Loads the CPU operators; on failure fills in `_problems`."""
-    pure = _read_build_info(_HERE)
+    # An editable install spreads the package over two folders, which __path__ knows.
+    folders = [pathlib.Path(folder) for folder in sys.modules["fusedpo"].__path__]
+    pure = next(filter(None, map(_read_build_info, folders)), {})
     if pure.get("native") is False:
         _problems["cpu"] = (
             f"fusedpo was installed as pure Python ({pure['reason']}); {_INSTALL_COMPILER}"
@@ -100,7 +102,7 @@ def _load_cpu() -> None:
             "installed, or one built for another Python; run `pip install .` in the project"
         )
         return
-    folder = pathlib.Path(store.__file__ or _HERE).parent
+    folder = pathlib.Path(str(store.__file__)).parent
     BUILD.update(_read_build_info(folder))
     library = folder / "libfusedpo_ops_cpu.so"
     if not library.exists():
