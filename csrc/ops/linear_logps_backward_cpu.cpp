@@ -1,0 +1,262 @@
+// linear_token_logps on CPU: the gradients that need the vocabulary again.
+//
+// With D = d loss / d x [n, V] and c, h the upstream gradients of logps and entropy:
+//
+//   dW = D^T X     dB = D^T U     d bias = D^T 1     dX = D W     dU = D B
+//
+// Rows whose e = exp(x - anchor) was kept need no logits: off the label D = diag(f) e with
+// f = -c k exp(anchor - max) / s, so f scales the few columns of X instead of the many of e, and
+// the label's entry, c k (1 - p_y), is added to the one row of dW it belongs to. Other rows form D
+// from their logits again: one more GEMM. Sums over rows run in the result type, in one GEMM per
+// tile over all kept rows.
+#include <cmath>
+
+#include "ops/linear_problem.h"
+
+namespace fusedpo {
+namespace {
+
+enum Needs : int64_t { kHidden = 1, kWeight = 2, kBias = 4, kLoraHidden = 8, kLoraWeight = 16 };
+
+// dW, dB or d bias: out [V, C] += D^T right, right [n, C].
+struct VocabGradient {
+  Tensor right;  // X, U or ones, in the result type
+  Tensor out;    // in its parameter's type
+  Tensor scratch_right, scratch_tile;
+  bool started = false;  // this tile of out holds something
+};
+
+class Backward {
+ public:
+  Backward(LinearProblem& problem, const OptionalTensor& grad_logps,
+           const OptionalTensor& grad_entropy, const OptionalTensor& entropy, const Tensor& stats,
+           const OptionalTensor& kept, const OptionalTensor& anchors)
+      : p_(problem),
+        k_(problem.transform.scale / problem.transform.temperature),
+        kept_(kept),
+        anchors_(anchors),
+        stored_(kept && !grad_entropy ? std::min(kept->size(0), p_.n) : 0),
+        kept_stride_(kept ? std::min(kept->size(0), p_.n) : 0) {
+    rows_.resize(static_cast<size_t>(p_.n));
+    slopes_.resize(static_cast<size_t>(p_.n));
+    const void* c = grad_logps ? grad_logps->const_data_ptr() : nullptr;
+    const void* h = grad_entropy ? grad_entropy->const_data_ptr() : nullptr;
+    const void* e = entropy ? entropy->const_data_ptr() : nullptr;
+    const void* s = stats.const_data_ptr();
+    for (int64_t i = 0; i < p_.n; ++i) {
+      const int64_t t = p_.kept.position[static_cast<size_t>(i)];
+      RowGradient& row = rows_[static_cast<size_t>(i)];
+      row.max = value_at(s, p_.result, 4 * i);
+      row.log_sum = value_at(s, p_.result, 4 * i + 1);
+      row.rest_share = value_at(s, p_.result, 4 * i + 2);
+      row.grad_logp = c == nullptr ? 0.0 : value_at(c, p_.result, t);
+      row.grad_entropy = h == nullptr ? 0.0 : value_at(h, p_.result, t);
+      row.entropy = e == nullptr ? 0.0 : value_at(e, p_.result, t);
+      slopes_[static_cast<size_t>(i)] = value_at(s, p_.result, 4 * i + 3);
+    }
+  }
+
+  // A gradient on the vocabulary's side; its tiles of out are complete once run() returns.
+  void add_vocab_gradient(const Tensor& right, const Tensor& out) {
+    VocabGradient g{right, out, Tensor(), Tensor(), false};
+    g.scratch_right = empty_as(right, {p_.n * right.size(1)}, p_.result);
+    if (dtype_of(out) != p_.result) {
+      g.scratch_tile = empty_as(right, {p_.tile_width * right.size(1)}, p_.result);
+    }
+    vocab_gradients_.push_back(std::move(g));
+  }
+
+  // A gradient on the rows' side, [n, C] in the result type, of X (or of U with lora).
+  void add_row_gradient(const Tensor& total, bool lora) {
+    (lora ? lora_total_ : hidden_total_) = total;
+    (lora ? lora_product_ : hidden_product_) = p_.product_scratch(total.size(1));
+  }
+
+  void run() {
+    const bool recomputes = stored_ < p_.n;
+    if (recomputes) {
+      z_ = empty_as(p_.x, {p_.block * p_.tile_width}, p_.gemm);
+      if (p_.gemm != p_.result) d_ = empty_as(p_.x, {p_.block * p_.tile_width}, p_.result);
+    }
+    if (stored_ > 0 && p_.compute != p_.result) {
+      e_ = empty_as(p_.x, {stored_ * p_.tile_width}, p_.result);
+    }
+    for (int64_t tile = 0; tile < p_.tiles; ++tile) {
+      begin_ = tile * p_.tile_width;
+      columns_ = p_.tile_columns(tile);
+      for (VocabGradient& g : vocab_gradients_) g.started = false;
+      if (stored_ > 0) add_kept(tile);
+      if (recomputes) add_recomputed(p_.operands(tile));
+      for (VocabGradient& g : vocab_gradients_) {
+        if (!g.started) zero(tile_out(g));  // no row is scored
+        if (g.scratch_tile.defined()) {
+          convert_rows(tile_out(g), p_.result, narrowed(g.out, begin_, columns_));
+        }
+      }
+    }
+  }
+
+ private:
+  Tensor tile_out(const VocabGradient& g) const {
+    if (g.scratch_tile.defined()) return matrix(g.scratch_tile, columns_, g.right.size(1));
+    return narrowed(g.out, begin_, columns_);
+  }
+
+  static void zero(Tensor t) { torch::stable::zero_(t); }
+
+  // This tile of out += d^T right.
+  void add_to(VocabGradient& g, const Tensor& d, const Tensor& right) const {
+    if (g.started) {
+      addmm_out(tile_out(g), transposed(d), right);
+    } else {
+      mm_out(tile_out(g), transposed(d), right);
+    }
+    g.started = true;
+  }
+
+  void add_kept(int64_t tile) {
+    Tensor e = torch::stable::view(*kept_, {kept_->numel()});
+    e = narrowed(e, kept_stride_ * begin_, stored_ * columns_);
+    e = torch::stable::view(e, {stored_, columns_});
+    if (e_.defined()) {
+      const Tensor widened = matrix(e_, stored_, columns_);
+      convert_rows(e, p_.result, widened);
+      e = widened;
+    }
+    const void* anchors = anchors_->const_data_ptr();
+    const RowKernels& kernels = row_kernels();
+    for (VocabGradient& g : vocab_gradients_) {
+      const int64_t cols = g.right.size(1);
+      const Tensor scaled = matrix(g.scratch_right, stored_, cols);
+      const Rows from(g.right), to(scaled), out(tile_out(g));
+      torch::stable::parallel_for(0, stored_, row_grain(cols), [&](int64_t a, int64_t b) {
+        for (int64_t i = a; i < b; ++i) {
+          const RowGradient& row = rows_[static_cast<size_t>(i)];
+          const double anchor = value_at(anchors, p_.result, i * p_.tiles + tile);
+          // A tile of masked logits only has no anchor and no mass.
+          const double share = anchor == -INFINITY ? 0.0 : std::exp(anchor - row.max - row.log_sum);
+          kernels.scale(p_.result, -row.grad_logp * k_ * share, from.row(i), to.row(i), p_.result,
+                        cols);
+        }
+      });
+      add_to(g, e, scaled);
+      for (int64_t i = 0; i < stored_; ++i) {
+        const int64_t label = p_.kept.label[static_cast<size_t>(i)] - begin_;
+        if (label < 0 || label >= columns_) continue;
+        const RowGradient& row = rows_[static_cast<size_t>(i)];
+        const double d = row.grad_logp * k_ * row.rest_share * slopes_[static_cast<size_t>(i)];
+        kernels.scale_add(p_.result, 1.0, out.row(label), d, from.row(i), p_.result, cols);
+      }
+    }
+  }
+
+  void add_recomputed(const VocabTile& tile) {
+    const RowKernels& kernels = row_kernels();
+    for (int64_t begin = stored_; begin < p_.n; begin += p_.block) {
+      const int64_t rows = std::min(p_.block, p_.n - begin);
+      const Tensor z = p_.logits(tile, begin, rows, z_);
+      const Tensor d = d_.defined() ? matrix(d_, rows, columns_) : z;
+      const Rows z_rows(z), d_rows(d);
+      torch::stable::parallel_for(0, rows, row_grain(columns_), [&](int64_t a, int64_t b) {
+        for (int64_t r = a; r < b; ++r) {
+          const int64_t i = begin + r;
+          const Segment segment{z_rows.row(r), p_.gemm, tile.bias_data(), columns_,
+                                p_.kept.label[static_cast<size_t>(i)] - begin_};
+          kernels.gradient(p_.result, segment, p_.transform, rows_[static_cast<size_t>(i)],
+                           d_rows.row(r), p_.result);
+          // The GEMM with W takes D in its own type.
+          if (d_.defined()) {
+            kernels.convert(p_.result, d_rows.row(r), p_.gemm, p_.gemm, z_rows.row(r), columns_);
+          }
+        }
+      });
+      for (VocabGradient& g : vocab_gradients_) {
+        add_to(g, d, narrowed(g.right, begin, rows));
+      }
+      if (hidden_total_.defined()) {
+        p_.add_product(narrowed(hidden_total_, begin, rows), hidden_product_, z, tile.weight);
+      }
+      if (lora_total_.defined()) {
+        p_.add_product(narrowed(lora_total_, begin, rows), lora_product_, z, tile.lora_weight);
+      }
+    }
+  }
+
+  LinearProblem& p_;
+  const double k_;
+  const OptionalTensor kept_, anchors_;
+  const int64_t stored_;       // scored rows read from kept_
+  const int64_t kept_stride_;  // rows of one of kept_'s tiles
+  std::vector<RowGradient> rows_;
+  std::vector<double> slopes_;  // 1 - tanh^2 at the label
+  std::vector<VocabGradient> vocab_gradients_;
+  Tensor hidden_total_, lora_total_, hidden_product_, lora_product_;
+  Tensor z_, d_, e_;
+  int64_t begin_ = 0, columns_ = 0;
+};
+
+// Rows of `total` at their positions in a tensor shaped like `like`, zero elsewhere.
+Tensor scatter(const LinearProblem& p, const Tensor& total, const Tensor& like) {
+  const Tensor out = zeros_as(like, sizes_of(like), dtype_of(like));
+  const Rows from(total), to(out);
+  for (int64_t i = 0; i < p.n; ++i) {
+    row_kernels().convert(p.result, from.row(i), p.result, dtype_of(like),
+                          to.row(p.kept.position[static_cast<size_t>(i)]), to.cols());
+  }
+  return out;
+}
+
+using Result =
+    std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+Result linear_token_logps_backward(
+    const OptionalTensor& grad_logps, const OptionalTensor& grad_entropy, const Tensor& hidden,
+    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lora_hidden,
+    const OptionalTensor& lora_weight, const Tensor& labels, const OptionalTensor& entropy,
+    const Tensor& stats, const OptionalTensor& kept, const OptionalTensor& anchors,
+    int64_t ignore_index, double temperature, double softcap, double logit_scale,
+    ScalarType compute_dtype, int64_t vocab_tile, int64_t needs) {
+  LinearProblem p(hidden, weight, bias, lora_hidden, lora_weight, labels, ignore_index,
+                  {logit_scale, softcap, temperature}, dtype_of(compute_dtype), vocab_tile);
+  Backward backward(p, dense_gradient(grad_logps), dense_gradient(grad_entropy), entropy, stats,
+                    kept, anchors);
+  OptionalTensor d_hidden, d_weight, d_bias, d_lora_hidden, d_lora_weight;
+  const auto vocab_gradient = [&](const Tensor& right_in, const Tensor& like) {
+    Tensor right = right_in;
+    if (dtype_of(right) != p.result) {
+      right = empty_as(right_in, sizes_of(right_in), p.result);
+      convert_rows(right_in, p.result, right);
+    }
+    const Tensor out = empty_as(like, sizes_of(like), dtype_of(like));
+    const std::vector<int64_t> as_matrix{like.size(0), right.size(1)};
+    backward.add_vocab_gradient(right, torch::stable::view(out, as_matrix));
+    return OptionalTensor(out);
+  };
+  if (needs & kWeight) d_weight = vocab_gradient(p.x, weight);
+  if (needs & kLoraWeight) d_lora_weight = vocab_gradient(p.u, *lora_weight);
+  if (needs & kBias) {
+    Tensor ones = empty_as(p.x, {p.n, 1}, p.result);
+    torch::stable::fill_(ones, 1.0);
+    d_bias = vocab_gradient(ones, *bias);
+  }
+  Tensor hidden_total, lora_total;
+  if (needs & kHidden) {
+    hidden_total = zeros_as(p.x, {p.n, p.x.size(1)}, p.result);
+    backward.add_row_gradient(hidden_total, false);
+  }
+  if (needs & kLoraHidden) {
+    lora_total = zeros_as(p.x, {p.n, p.u.size(1)}, p.result);
+    backward.add_row_gradient(lora_total, true);
+  }
+  backward.run();
+  if (needs & kHidden) d_hidden = scatter(p, hidden_total, hidden);
+  if (needs & kLoraHidden) d_lora_hidden = scatter(p, lora_total, *lora_hidden);
+  return {d_hidden, d_weight, d_bias, d_lora_hidden, d_lora_weight};
+}
+
+}  // namespace
+}  // namespace fusedpo
+
+STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
+  m.impl("linear_token_logps_backward", TORCH_BOX(&fusedpo::linear_token_logps_backward));
+}

@@ -1,0 +1,73 @@
+// Every operator's schema. Read this first.
+//
+// Common arguments
+//   labels        [...] int64, aligned with the rows of logits or hidden; ignore_index: not scored
+//   temperature, softcap, logit_scale
+//                 z = softcap tanh(logit_scale (x W^T + b) / softcap) / temperature; softcap 0:
+//                 none
+//   metrics       bits: 1 entropy, 2 log_sum_sq_probs, 4 mean_logits, 8 is_top1
+// Results per row are shaped like labels, fp32 (fp64 for fp64 inputs), 0 where not scored. Tensors
+// that only backward reads are marked [saved]; their rows are the scored positions in order, and
+// rows past the number of scored positions are zero unless stated.
+#include "ops/stable.h"
+
+STABLE_TORCH_LIBRARY(fusedpo, m) {
+  // Log-probs from logits [..., V].
+  // inplace_backward only tells backward to write over logits.
+  // stats [saved] [N, 3]: max z, log sum exp(z - max), 1 - p_label.
+  m.def(
+      "token_logps(Tensor logits, Tensor labels, int ignore_index, float temperature, int metrics,"
+      " bool inplace_backward=False)"
+      " -> (Tensor logps, Tensor? entropy, Tensor? log_sum_sq_probs, Tensor? mean_logits,"
+      " Tensor? is_top1, Tensor stats)");
+
+  // d loss / d logits, a new tensor of logits' dtype.
+  m.def(
+      "token_logps_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor logits, Tensor labels,"
+      " Tensor? entropy, Tensor stats, int ignore_index, float temperature) -> Tensor");
+
+  // The same, written over logits.
+  m.def(
+      "token_logps_backward_(Tensor? grad_logps, Tensor? grad_entropy, Tensor(a!) logits,"
+      " Tensor labels, Tensor? entropy, Tensor stats, int ignore_index, float temperature) -> ()");
+
+  // Log-probs from hidden [..., H] and weight [V, H]; with lora_hidden [..., r] and lora_weight
+  // [V, r] the product is x W^T + u B^T. The arithmetic is that of F.linear in compute_dtype:
+  // operands are rounded to it tile by tile, never as a whole.
+  //   vocab_tile  vocabulary entries per GEMM
+  //   want_grad   whether d logp / d hidden (and d lora_hidden) is formed now, one more GEMM
+  //   keep_rows   scored rows whose exp(z - anchor) is kept for the gradients of weight, bias and
+  //               lora_weight; later rows are recomputed
+  // stats [saved] [N, 4]: max z, log sum exp(z - max), 1 - p_label, 1 - tanh^2 at the label.
+  // unit_grad [saved] [N, H], lora_unit_grad [N, r]: d logp / d hidden, fp32 (fp64).
+  // kept [saved] [keep_rows, V] in compute_dtype: tile after tile, each [kept rows, columns];
+  // unspecified past the scored rows. anchors [saved] [keep_rows, tiles]: each tile's anchor.
+  m.def(
+      "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden,"
+      " Tensor? lora_weight, Tensor labels, int ignore_index, float temperature, float softcap,"
+      " float logit_scale, int metrics, ScalarType compute_dtype, int vocab_tile, bool want_grad,"
+      " int keep_rows)"
+      " -> (Tensor logps, Tensor? entropy, Tensor? log_sum_sq_probs, Tensor? mean_logits,"
+      " Tensor? is_top1, Tensor stats, Tensor? unit_grad, Tensor? lora_unit_grad, Tensor? kept,"
+      " Tensor? anchors)");
+
+  // d loss / d hidden (or lora_hidden) from its unit gradient: row t scaled by grad_logps[t].
+  m.def(
+      "linear_token_logps_backward_hidden(Tensor grad_logps, Tensor unit_grad, Tensor labels,"
+      " int ignore_index, ScalarType dtype) -> Tensor");
+
+  // The gradients that need the vocabulary again. needs, bits: 1 hidden, 2 weight, 4 bias,
+  // 8 lora_hidden, 16 lora_weight; a gradient not needed is None. Each has its input's shape and
+  // dtype. With grad_entropy everything is recomputed, else rows in `kept` are not.
+  m.def(
+      "linear_token_logps_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor hidden,"
+      " Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, Tensor labels,"
+      " Tensor? entropy, Tensor stats, Tensor? kept, Tensor? anchors, int ignore_index,"
+      " float temperature, float softcap, float logit_scale, ScalarType compute_dtype,"
+      " int vocab_tile, int needs)"
+      " -> (Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? lora_hidden,"
+      " Tensor? lora_weight)");
+
+  // JSON: the CPU kernels' instruction set and the route of bf16 GEMMs.
+  m.def("cpu_info() -> str");
+}
