@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedpo.reference import PairLogps, PreferenceLoss, preference_loss
+from fusedpo import PairLogps, PreferenceLoss, preference_loss
 
 _ONLY_SUPPORTED: dict[str, Any] = {
     "loss_type": ["sigmoid"],

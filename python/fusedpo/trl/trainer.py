@@ -19,7 +19,7 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from fusedpo.reference import PairLogps, pair_logps
+from fusedpo import PairLogps, pair_logps
 from fusedpo.trl.head import add_fused_head
 from fusedpo.trl.loss_options import refuse_unsupported, sigmoid_loss
 from fusedpo.trl.metrics import step_metrics
@@ -125,8 +125,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if not return_outputs:
             return loss
         warnings.warn(
-            "fusedpo: compute_metrics and return_outputs need logits; the fused head does not build "
-            "them, a second forward pass does. TRL removes both in its version 2.",
+            "fusedpo: compute_metrics and return_outputs need logits; the fused head builds none, "
+            "so a second forward pass runs. TRL removes both in its version 2.",
             FutureWarning,
             stacklevel=2,
         )
