@@ -33,7 +33,7 @@ VOCABULARIES = (2, 3, 127, 1000, 32_001, 151_936)
 # because torch multiplies half-precision matrices slowly where the processor cannot.
 SIZE = 16
 # How many logits the exact evaluation affords per call. Past it only four rows (two in long double)
-# carry a gradient and are compared, as rows do not depend on each other; the operator gets all rows.
+# carry a gradient and are compared: rows do not depend on each other; the operator gets all rows.
 AFFORDABLE = {torch.float64: 100_000, torch.float32: 400_000}
 
 
@@ -102,7 +102,7 @@ def differentiate(out, leaves: list[Tensor], c: tuple[Tensor, Tensor], entropy: 
     return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
 
-# ---- exact values of float64 inputs, in long double -----------------------------------------------
+# ---- exact values of float64 inputs, in long double --------------------------------------------
 
 
 def exact_from_z(z: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,7 +128,7 @@ def long(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy().astype(np.longdouble)
 
 
-# ---- token_logps ----------------------------------------------------------------------------------
+# ---- token_logps -------------------------------------------------------------------------------
 
 
 def plain_token_logps(logits: Tensor, labels: Tensor, temperature: float) -> reference.TokenLogps:
@@ -232,7 +232,7 @@ def test_a_target_50_nats_below_the_maximum_is_as_exact_as_any(dtype, vocabulary
             assert squares["ours"] ** 0.5 <= COIN_TOSS * squares["wide"] ** 0.5, name
 
 
-# ---- linear_token_logps ---------------------------------------------------------------------------
+# ---- linear_token_logps ------------------------------------------------------------------------
 
 
 class Problem(NamedTuple):
@@ -301,7 +301,7 @@ def linear_errors(errors: Errors, problem: Problem, options: Options, seed: int)
     plain = score(reference.linear_token_logps, grown, options)
     plain_gradients = [differentiate(plain, leaves, few_c, entropy) for entropy in (False, True)]
 
-    # The head trained: once with the logits kept, once recomputed, once with the entropy's gradient.
+    # The head trained: with the logits kept, with them recomputed, with the entropy's gradient.
     grown, leaves = problem.leaves(dtype)
     trained = score(fusedpo.linear_token_logps, grown, options)
     recomputing = score(fusedpo.linear_token_logps, grown, options, (), logits_budget_bytes=0)
@@ -375,7 +375,7 @@ def test_a_target_50_nats_below_the_maximum_is_as_exact_behind_a_head(dtype, voc
     errors.check(f"{vocabulary} {dtype}")
 
 
-# ---- no rows --------------------------------------------------------------------------------------
+# ---- no rows -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
