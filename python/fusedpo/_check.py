@@ -247,7 +247,7 @@ def _check_positive(name: str, value: float, hint: str = "") -> None:
     _check_number(name, value)
     # The bounds keep quotients of two such numbers within float32.
     if not 1e-12 <= value <= 1e12:
-        raise ValueError(f"{name} must be > 0, in [1e-12, 1e12]; got {value}.{hint}")
+        raise ValueError(f"{name} must be finite and > 0, in [1e-12, 1e12]; got {value}.{hint}")
 
 
 def _check_int(name: str, value: int) -> None:
