@@ -37,10 +37,11 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     without storing logits, and the metrics of a step cost one device-to-host transfer.
 
     Args:
-        model (`str` or `PreTrainedModel` or `PeftModel`): the model to train. ref_model
-        (`PreTrainedModel`, *optional*): the reference; by default the model as it is before
-        training. args (`trl.DPOConfig`, *optional*): the configuration. *rest, **keywords: the
-        further arguments of `trl.DPOTrainer`, in its order.
+        model (`str` or `PreTrainedModel` or `PeftModel`): the model to train.
+        ref_model (`PreTrainedModel`, *optional*): the reference; by default the model as it is
+            before training.
+        args (`trl.DPOConfig`, *optional*): the configuration.
+        *rest, **keywords: the further arguments of `trl.DPOTrainer`, in its order.
 
     Raises:
         ValueError: an option of `args` that changes the loss and is not supported; the message
@@ -48,8 +49,10 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     Example:
 
-        trainer = FusedDPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=DPOConfig(),
-        train_dataset=dataset) trainer.train()
+        trainer = FusedDPOTrainer(
+            "Qwen/Qwen2.5-0.5B-Instruct", args=DPOConfig(), train_dataset=dataset
+        )
+        trainer.train()
     """
 
     def __init__(
