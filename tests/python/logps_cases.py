@@ -1,4 +1,4 @@
-"""Inputs and small tools that the log-prob tests share. Logits are peaked like a language model's."""
+"""Inputs and tools that the log-prob tests share; logits are peaked like a language model's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_native = pytest.mark.skipif(
     not NATIVE, reason=f"tests the C++ operators, and they are not loaded: {_load.why_not('cpu')}"
 )
 if not NATIVE:
-    # The one warning of the process is spent here; test_import.py looks at it in processes of its own.
+    # The one warning of the process is spent here; it has tests in processes of its own.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _load.warn_fallback("cpu")
@@ -44,8 +44,10 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_logits(rows: int, vocabulary: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[N, V]: a bulk with a spread of 2.5 nats and, in every row, up to four candidates 5 to 20 nats above."""
+def make_logits(
+    rows: int, vocabulary: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[N, V]: a bulk with a spread of 2.5 nats and up to four candidates 5 to 20 nats above it."""
     g = generator(seed)
     logits = 2.5 * torch.randn(rows, vocabulary, generator=g)
     winners = torch.randint(vocabulary, (rows, min(4, vocabulary)), generator=g)
@@ -96,7 +98,11 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     """Equal dtype, shape and value everywhere, with NaN equal to NaN."""
     if a is None or b is None:
         return a is b
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7))
+    )
 
 
 def assert_same_bits(ours: tuple, theirs: tuple) -> None:
@@ -118,7 +124,9 @@ def threads(count: int) -> Iterator[None]:
 
 def run_python(code: str, **environment: str) -> str:
     """Runs `code` in a new process, with this directory importable, and returns what it printed."""
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, **environment},

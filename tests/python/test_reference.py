@@ -72,11 +72,21 @@ def test_lora_is_the_head_with_the_merged_weight():
 
 
 def test_per_token_values_equal_trl():
-    trl = pytest.importorskip("trl.trainer.utils", reason="compares with TRL, which is not installed")
+    trl = pytest.importorskip(
+        "trl.trainer.utils", reason="compares with TRL, which is not installed"
+    )
     head = make_head(9, 16, 101, seed=2, bias=True)
     temperature, softcap, logit_scale = 0.8, 5.0, 1.3
     theirs = trl._ChunkedLogProbFunction.apply(
-        head.hidden, head.weight, head.bias, head.labels, temperature, 32, softcap, logit_scale, METRICS
+        head.hidden,
+        head.weight,
+        head.bias,
+        head.labels,
+        temperature,
+        32,
+        softcap,
+        logit_scale,
+        METRICS,
     )
     ours = reference.linear_token_logps(
         head.hidden,
@@ -89,11 +99,15 @@ def test_per_token_values_equal_trl():
         metrics=METRICS,
     )
     for name, mine, his in zip(reference.TokenLogps._fields, ours, theirs, strict=True):
-        torch.testing.assert_close(mine, his, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine, his, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_gradients_of_logps_and_entropy_equal_trl():
-    trl = pytest.importorskip("trl.trainer.utils", reason="compares with TRL, which is not installed")
+    trl = pytest.importorskip(
+        "trl.trainer.utils", reason="compares with TRL, which is not installed"
+    )
     head = make_head(9, 16, 101, seed=3, bias=True)
     gradients = []
     for ours in (True, False):
@@ -113,7 +127,9 @@ def test_gradients_of_logps_and_entropy_equal_trl():
 
 
 def test_selective_log_softmax_of_trl_gives_the_same_logps():
-    trl = pytest.importorskip("trl.trainer.utils", reason="compares with TRL, which is not installed")
+    trl = pytest.importorskip(
+        "trl.trainer.utils", reason="compares with TRL, which is not installed"
+    )
     logits, labels = make_logits(12, 301, seed=4), make_labels(12, 301, seed=4)
     ours = reference.token_logps(logits, labels).logps
     theirs = trl.selective_log_softmax(logits, labels)
@@ -121,7 +137,10 @@ def test_selective_log_softmax_of_trl_gives_the_same_logps():
 
 
 def test_half_precision_logits_are_widened_before_the_first_reduction():
-    logits, labels = make_logits(8, 1000, seed=5, dtype=torch.bfloat16), make_labels(8, 1000, seed=5)
+    logits, labels = (
+        make_logits(8, 1000, seed=5, dtype=torch.bfloat16),
+        make_labels(8, 1000, seed=5),
+    )
     ours = reference.token_logps(logits, labels, metrics=METRICS)
     wide = reference.token_logps(logits.float(), labels, metrics=METRICS)
     assert all(torch.equal(a, b) for a, b in zip(ours, wide, strict=True))

@@ -1,0 +1,98 @@
+"""All metrics of a step in one device-to-host transfer; names, values and averaging over ranks are
+TRL's.
+
+TRL reads about fourteen numbers one by one, and each read waits for the device. Here each rank
+stacks its sums into one row, the rows are gathered, and the totals are read together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedpo.reference import PairLogps, PreferenceLoss
+
+
+def step_metrics(
+    accelerator: Any,
+    outputs: Any,
+    completion_mask: Tensor,
+    attention_mask: Tensor,
+    policy: PairLogps,
+    result: PreferenceLoss,
+    aux_loss: Tensor | None,
+) -> tuple[dict[str, float], int]:
+    """Return TRL's metrics of this step by name, and the number of tokens in the batch of all
+    ranks.
+
+    Args:
+        accelerator: the trainer's; it gathers.
+        outputs: of the fused head, per token [2B, T], with entropy, mean_logits and is_top1.
+        completion_mask: [2B, T], shifted like the labels.
+        attention_mask: [2B, positions].
+        policy: log-probs of the pairs.
+        result: loss and rewards of the pairs.
+        aux_loss: the router loss of a mixture of experts (0-d) where it is part of the loss.
+    """
+    seq_len = completion_mask.shape[1]
+    # Prompt-learning adapters put virtual tokens before the sequence: only the last seq_len
+    # positions are real.
+    entropy, mean_logits, is_top1 = (
+        values[:, -seq_len:].detach()
+        for values in (outputs.entropy, outputs.mean_logits, outputs.is_top1)
+    )
+    # Sums run in fp64, so that adding the rows of many ranks loses nothing. MPS has no fp64.
+    dtype = torch.float32 if mean_logits.device.type == "mps" else torch.float64
+    pairs = completion_mask.shape[0] // 2
+
+    def total(values: Tensor) -> Tensor:
+        return values.sum(dtype=dtype)
+
+    # Token sums: TRL gathers these with gather_for_metrics, which drops the ranks that only hold
+    # repeated samples.
+    token_sums = {
+        "entropy": total(entropy * completion_mask),
+        "logits/chosen": total(mean_logits[:pairs] * completion_mask[:pairs]),
+        "logits/rejected": total(mean_logits[pairs:] * completion_mask[pairs:]),
+        "correct": total(is_top1[:pairs] * completion_mask[:pairs]),
+        "chosen_tokens": total(completion_mask[:pairs]),
+        "rejected_tokens": total(completion_mask[pairs:]),
+        "num_tokens": total(attention_mask),
+        "ranks": torch.ones((), dtype=dtype, device=mean_logits.device),
+    }
+    if aux_loss is not None:
+        token_sums["aux_loss"] = aux_loss.detach().to(dtype)
+    # Sums over pairs: TRL gathers these with gather, so repeated samples of a last evaluation batch
+    # count.
+    pair_sums = {
+        "rewards/chosen": total(result.chosen_rewards),
+        "rewards/rejected": total(result.rejected_rewards),
+        "rewards/accuracies": total(result.accuracies),
+        "rewards/margins": total(result.margins),
+        "logps/chosen": total(policy.chosen.detach()),
+        "logps/rejected": total(policy.rejected.detach()),
+        "pairs": torch.full((), pairs, dtype=dtype, device=mean_logits.device),
+    }
+    token_rows = accelerator.gather_for_metrics(torch.stack(list(token_sums.values())).unsqueeze(0))
+    pair_rows = accelerator.gather(torch.stack(list(pair_sums.values())).unsqueeze(0))
+    numbers = torch.cat([token_rows.sum(dim=0), pair_rows.sum(dim=0)]).tolist()  # the only transfer
+    sums = dict(zip([*token_sums, *pair_sums], numbers, strict=True))
+
+    chosen_tokens, rejected_tokens = sums["chosen_tokens"], sums["rejected_tokens"]
+    metrics = {
+        "entropy": _ratio(sums["entropy"], chosen_tokens + rejected_tokens),
+        "logits/chosen": _ratio(sums["logits/chosen"], chosen_tokens),
+        "logits/rejected": _ratio(sums["logits/rejected"], rejected_tokens),
+        "mean_token_accuracy": _ratio(sums["correct"], chosen_tokens),
+    }
+    if aux_loss is not None:
+        metrics["aux_loss"] = sums["aux_loss"] / sums["ranks"]
+    for name in list(pair_sums)[:-1]:
+        metrics[name] = sums[name] / sums["pairs"]
+    return metrics, int(sums["num_tokens"])
+
+
+def _ratio(value: float, count: float) -> float:
+    return value / count if count > 0 else 0.0

@@ -1,0 +1,165 @@
+"""`FusedDPOTrainer`: TRL's DPOTrainer with log-probs, loss and metrics computed by fusedpo.
+
+Data preparation, reference handling, PEFT, precomputing, evaluation and logging are TRL's. What
+changes is the head on `model.forward` (head.py), the loss of a batch, and how often metrics are
+read from the device (metrics.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import trl.trainer.dpo_trainer as _trl_dpo
+from torch import Tensor
+from trl import DPOTrainer
+from trl.trainer.utils import use_adapter
+
+from fusedpo.reference import PairLogps, pair_logps
+from fusedpo.trl.head import add_fused_head
+from fusedpo.trl.loss_options import refuse_unsupported, sigmoid_loss
+from fusedpo.trl.metrics import step_metrics
+from fusedpo.trl.versions import require_supported
+
+_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+_construction = threading.RLock()
+
+
+class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    """Train by DPO; takes the arguments of `trl.DPOTrainer`, and a `trl.DPOConfig` stays valid as
+    it is.
+
+    Loss, gradients and metrics agree with DPOTrainer's. The head runs on completion tokens only,
+    without storing logits, and the metrics of a step cost one device-to-host transfer.
+
+    Args:
+        model (`str` or `PreTrainedModel` or `PeftModel`): the model to train. ref_model
+        (`PreTrainedModel`, *optional*): the reference; by default the model as it is before
+        training. args (`trl.DPOConfig`, *optional*): the configuration. *rest, **keywords: the
+        further arguments of `trl.DPOTrainer`, in its order.
+
+    Raises:
+        ValueError: an option of `args` that changes the loss and is not supported; the message
+            names it. UnsupportedTRLError: the installed TRL is outside the supported range.
+
+    Example:
+
+        trainer = FusedDPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=DPOConfig(),
+        train_dataset=dataset) trainer.train()
+    """
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **keywords: Any
+    ) -> None:
+        require_supported()
+        if args is not None:
+            refuse_unsupported(args)
+        with _our_head_during_construction():
+            super().__init__(model, ref_model, args, *rest, **keywords)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Score a batch with the reference, without gradient; returns the chosen and rejected
+        log-probs [B] in nats.
+
+        `model` is the reference model, or the policy itself under PEFT (adapters are switched off,
+        or to the "ref" adapter) and when precomputing before training.
+        """
+        pair = self._reference_pair(model, inputs)
+        return pair.chosen, pair.rejected
+
+    def _reference_pair(self, model: Any, inputs: dict[str, Any]) -> PairLogps:
+        adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.ref_model is None and _trl_dpo.is_peft_model(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(
+                policy, adapter_name="ref" if "ref" in policy.peft_config else None
+            )
+        # Reentrant checkpointing under no_grad would warn that no input requires a gradient.
+        checkpointing = _trl_dpo.disable_gradient_checkpointing(
+            self.model, self.args.gradient_checkpointing_kwargs
+        )
+        # Precomputing runs a policy that accelerate has not prepared: without this context it would
+        # miss the autocast.
+        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+            outputs = model(**_model_inputs(inputs), labels=_labels(inputs), fused_lm_head=True)
+        return _pair(outputs.log_probs, inputs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        mode = "train" if self.model.training else "eval"
+        model_inputs = _model_inputs(inputs)
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        outputs = model(**model_inputs, labels=_labels(inputs), fused_lm_head=True)
+        policy = _pair(outputs.log_probs, inputs)
+        if self.precompute_ref_logps:
+            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            reference = self.compute_ref_log_probs(
+                self.model if self.ref_model is None else self.ref_model, inputs
+            )
+
+        result = sigmoid_loss(policy, reference, self.beta)
+        loss = result.loss
+        aux_loss = outputs.aux_loss if self.aux_loss_enabled else None
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+        metrics, num_tokens = step_metrics(
+            self.accelerator,
+            outputs,
+            inputs["completion_mask"][:, 1:],
+            inputs["attention_mask"],
+            policy,
+            result,
+            aux_loss,
+        )
+        if mode == "train":
+            self._total_train_tokens += num_tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+        if not return_outputs:
+            return loss
+        warnings.warn(
+            "fusedpo: compute_metrics and return_outputs need logits; the fused head does not build "
+            "them, a second forward pass does. TRL removes both in its version 2.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        with torch.no_grad():
+            return loss, model(**model_inputs)
+
+
+@contextlib.contextmanager
+def _our_head_during_construction() -> Iterator[None]:
+    # DPOTrainer puts its head on the model and on the reference, shards the reference and
+    # precomputes inside __init__, so ours has to be there instead, not after. Only construction
+    # looks the name up; the lock keeps two trainers that are built in two threads from restoring
+    # each other's name.
+    with _construction:
+        original = _trl_dpo.add_fused_lm_head
+        _trl_dpo.add_fused_lm_head = add_fused_head
+        try:
+            yield
+        finally:
+            _trl_dpo.add_fused_lm_head = original
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL} | {
+        "use_cache": False
+    }
+
+
+def _labels(inputs: dict[str, Any]) -> Tensor:
+    labels: Tensor = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return labels
+
+
+def _pair(log_probs: Tensor, inputs: dict[str, Any]) -> PairLogps:
+    completion_mask = inputs["completion_mask"][:, 1:]
+    return pair_logps(log_probs[:, -completion_mask.shape[1] :], completion_mask)

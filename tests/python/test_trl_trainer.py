@@ -1,0 +1,365 @@
+"""FusedDPOTrainer against DPOTrainer: every logged value of every step, in every way of training."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
+
+import peft
+import trl.trainer.dpo_trainer as trl_dpo
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl import DPOTrainer
+from trl_helpers import (
+    assert_equal_logs,
+    conversational,
+    logged,
+    make_config,
+    make_model,
+    make_pairs,
+    make_tokenizer,
+    one_thread,  # noqa: F401  a fixture
+    train,
+)
+
+import fusedpo.trl.head as head_module
+import fusedpo.trl.metrics as metrics_module
+import fusedpo.trl.trainer as trainer_module
+from fusedpo.trl import FusedDPOTrainer
+
+DPO_METRICS = {
+    "entropy",
+    "num_tokens",
+    "logits/chosen",
+    "logits/rejected",
+    "mean_token_accuracy",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+}
+
+
+def lora(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+
+
+def lora_model() -> Any:
+    # Trained a little: with the initial zeros in B, adapter and base model could not be told apart.
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make_model(), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+SETUPS: dict[str, Any] = {
+    "full fine-tuning": dict,
+    "conversational data": lambda: {"rows": conversational(make_pairs())},
+    "uneven batches": lambda: {"rows": make_pairs(10), "eval_rows": make_pairs(6, seed=1)},
+    "LoRA": lambda: {"keywords": {"peft_config": lora()}, "with_ref_model": False},
+    "LoRA under a tied head": lambda: {
+        "family": "llama tied",
+        "keywords": {"peft_config": lora()},
+        "with_ref_model": False,
+    },
+    "LoRA trained before, with a ref adapter": lambda: {
+        "model": lora_model(),
+        "with_ref_model": False,
+    },
+    "prompt tuning": lambda: {
+        "keywords": {
+            "peft_config": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        },
+        "with_ref_model": False,
+    },
+    "precompute": lambda: {"precompute_ref_log_probs": True, "with_ref_model": False},
+    "precompute with LoRA": lambda: {
+        "precompute_ref_log_probs": True,
+        "precompute_ref_batch_size": 3,
+        "keywords": {"peft_config": lora()},
+        "with_ref_model": False,
+    },
+    "gradient accumulation": lambda: {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    },
+    "evaluation": lambda: {
+        "eval_rows": make_pairs(8, seed=1),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    },
+    "gradient checkpointing": lambda: {"gradient_checkpointing": True},
+    "reentrant checkpointing with LoRA": lambda: {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "keywords": {"peft_config": lora()},
+        "with_ref_model": False,
+    },
+    "synchronised reference": lambda: {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "truncation": lambda: {"max_length": 9},
+    "mixture of experts": lambda: {"family": "mixtral"},
+    "mixture of experts with a router loss": lambda: {
+        "family": "mixtral",
+        "router_aux_loss_coef": 0.5,
+    },
+    "softcap": lambda: {"family": "gemma2 softcap"},
+    "head with bias": lambda: {"family": "phi head with bias"},
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_logged_value_equals_trl(setup: str, tmp_path: Any) -> None:
+    theirs = logged(train(DPOTrainer, tmp_path / "trl", **SETUPS[setup]()))
+    ours = logged(train(FusedDPOTrainer, tmp_path / "fusedpo", **SETUPS[setup]()))
+    assert theirs[0].keys() >= DPO_METRICS | {"loss", "grad_norm"}
+    assert_equal_logs(ours, theirs)
+    losses = [entry["loss"] for entry in theirs if "loss" in entry]
+    assert max(losses) - min(losses) > 1e-3  # it does train
+
+
+def test_aux_loss_is_logged_and_changes_the_loss(tmp_path: Any) -> None:
+    on, off = (
+        train(FusedDPOTrainer, tmp_path, family="mixtral", router_aux_loss_coef=coef, max_steps=1)
+        for coef in (0.5, 0.0)
+    )
+    first_on, first_off = logged(on)[0], logged(off)[0]
+    assert "aux_loss" not in first_off
+    difference = first_on["loss"] - first_off["loss"]
+    assert difference == pytest.approx(0.5 * first_on["aux_loss"], rel=1e-4)
+
+
+def test_model_given_by_path_gets_a_reference_of_its_own(tmp_path: Any) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    logs = []
+    for trainer_class in (DPOTrainer, FusedDPOTrainer):
+        trainer = train(
+            trainer_class, tmp_path, model=str(tmp_path / "model"), with_ref_model=False
+        )
+        logs.append(logged(trainer))
+    assert_equal_logs(logs[1], logs[0])
+
+
+def test_evaluate_accepts_a_data_set_that_comes_late(tmp_path: Any) -> None:
+    late = {"late": Dataset.from_list(make_pairs(6, seed=5))}
+    theirs = train(DPOTrainer, tmp_path).evaluate(late)
+    ours = train(FusedDPOTrainer, tmp_path).evaluate(late)
+    assert ours.keys() == theirs.keys()
+    assert ours["eval_late_loss"] == pytest.approx(theirs["eval_late_loss"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*return_outputs.*:FutureWarning")
+def test_compute_metrics_gets_the_same_logits_as_from_trl(tmp_path: Any) -> None:
+    seen = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        seen.append(torch.as_tensor(prediction.predictions))
+        return {"largest": float(prediction.predictions.max())}
+
+    for trainer_class in (DPOTrainer, FusedDPOTrainer):
+        train(
+            trainer_class,
+            tmp_path,
+            eval_rows=make_pairs(4, seed=1),
+            eval_strategy="steps",
+            eval_steps=3,
+            keywords={"compute_metrics": compute_metrics},
+        )
+    theirs, ours = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert theirs
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_autocast_over_fp32_weights_trains_as_trl_does(tmp_path: Any) -> None:
+    # TRL's default. Rounding to bf16 happens at other places, so only bf16's own precision is asked.
+    options: dict[str, Any] = {"bf16": True, "max_steps": 3, "learning_rate": 1e-3}
+    theirs = logged(train(DPOTrainer, tmp_path, **options))
+    ours = logged(train(FusedDPOTrainer, tmp_path, **options))
+    for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
+        assert mine.keys() == other.keys()
+        assert mine["loss"] == pytest.approx(other["loss"], abs=5e-3)
+        assert mine["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=5e-3)
+        assert mine["entropy"] == pytest.approx(other["entropy"], rel=5e-3)
+        assert mine["rewards/margins"] == pytest.approx(other["rewards/margins"], abs=5e-2)
+
+
+def test_compute_ref_log_probs_equals_trl_and_leaves_no_graph(tmp_path: Any) -> None:
+    results = []
+    for trainer_class in (DPOTrainer, FusedDPOTrainer):
+        trainer = train(trainer_class, tmp_path, max_steps=1)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        results.append(trainer.compute_ref_log_probs(trainer.ref_model, batch))
+    for theirs, ours in zip(*results, strict=True):
+        assert not ours.requires_grad
+        assert ours.shape == (4,)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("loss_type", ["ipo"]),
+        ("loss_type", ["sigmoid", "sft"]),
+        ("loss_weights", [0.5]),
+        ("label_smoothing", 0.1),
+        ("f_divergence_type", "js_divergence"),
+        ("f_alpha_divergence_coef", 0.7),
+        ("ld_alpha", 0.5),
+        ("use_weighting", True),
+        ("discopop_tau", 0.1),
+    ],
+)
+def test_loss_options_that_are_not_supported_are_refused_by_name(
+    option: str, value: Any, tmp_path: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"DPOConfig\.{option} must be .*got"):
+        train(FusedDPOTrainer, tmp_path, **{option: value})
+
+
+def test_lora_on_the_head_is_refused_at_construction(tmp_path: Any) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head"):
+        train(
+            FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False
+        )
+
+
+def test_unsupported_trl_is_refused_at_construction(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("fusedpo.trl.versions.installed", lambda: "1.99.0")
+    with pytest.raises(RuntimeError, match=r"TRL 1\.99\.0 is newer than the supported range"):
+        train(FusedDPOTrainer, tmp_path)
+
+
+def test_trls_name_is_back_after_construction_even_when_it_fails(tmp_path: Any) -> None:
+    original = trl_dpo.add_fused_lm_head
+    train(FusedDPOTrainer, tmp_path, max_steps=1)
+    assert trl_dpo.add_fused_lm_head is original
+    with pytest.raises(ValueError, match="train_dataset"):
+        FusedDPOTrainer(make_model(), args=make_config(tmp_path), processing_class=make_tokenizer())
+    assert trl_dpo.add_fused_lm_head is original
+
+
+def test_trainer_goes_through_our_head_for_policy_and_reference(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    calls = []
+    original = head_module.linear_token_logps
+
+    def spy(*args: Any, **keywords: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(head_module, "linear_token_logps", spy)
+    train(FusedDPOTrainer, tmp_path, max_steps=2)
+    assert calls == [True, False] * 2
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what would wait for another device: reading a number, a list or a copy on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_metrics_of_a_step_cost_one_transfer(
+    family: str, tmp_path: Any, monkeypatch: Any
+) -> None:
+    # tolist, cpu and numpy do not pass through the dispatcher for a tensor that is on the host.
+    per_step, inside = [], Transfers()
+    for name in ("tolist", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor: Any, *args: Any, _original: Any = original, **keywords: Any) -> Any:
+            inside.count += 1
+            return _original(tensor, *args, **keywords)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    step_metrics = metrics_module.step_metrics
+
+    def measured(*args: Any) -> Any:
+        inside.count = 0
+        with inside:
+            result = step_metrics(*args)
+        per_step.append(inside.count)
+        return result
+
+    monkeypatch.setattr(trainer_module, "step_metrics", measured)
+    train(FusedDPOTrainer, tmp_path, family=family, max_steps=3)
+    assert per_step == [1, 1, 1]
+
+
+def test_loss_reads_nothing_from_the_device_beyond_labels_and_metrics(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    # The public functions check labels (and lengths, on the CPU); what is left is the trainer's own.
+    mode, per_step = Transfers(), []
+
+    def uncounted(function: Any) -> Any:
+        def call(*args: Any, **keywords: Any) -> Any:
+            before = mode.count
+            result = function(*args, **keywords)
+            mode.count = before
+            return result
+
+        return call
+
+    for module, name in (
+        (head_module, "linear_token_logps"),
+        (trainer_module, "pair_logps"),
+        (trainer_module, "step_metrics"),
+    ):
+        monkeypatch.setattr(module, name, uncounted(getattr(module, name)))
+    compute = FusedDPOTrainer._compute_loss
+
+    def measured(self: Any, *args: Any) -> Any:
+        # The backbone reads masks; that is the model's, and the same in TRL.
+        mode.count = 0
+        with mode:
+            result = compute(self, *args)
+        per_step.append(mode.count)
+        return result
+
+    backbone_reads: list[int] = []
+    original_backbone = head_module._backbone
+
+    def backbone(model: Any, config: Any) -> Any:
+        run = original_backbone(model, config)
+
+        def call(*args: Any, **keywords: Any) -> Any:
+            before = mode.count
+            result = run(*args, **keywords)
+            backbone_reads.append(mode.count - before)
+            mode.count = before
+            return result
+
+        return call
+
+    monkeypatch.setattr(head_module, "_backbone", backbone)
+    monkeypatch.setattr(FusedDPOTrainer, "_compute_loss", measured)
+    train(FusedDPOTrainer, tmp_path, max_steps=2)
+    assert backbone_reads
+    assert per_step == [0, 0]
+
+
+def test_trl_would_need_many_transfers_so_the_count_above_can_fail(tmp_path: Any) -> None:
+    trainer = train(DPOTrainer, tmp_path, max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with Transfers() as mode, warnings.catch_warnings():
+        trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    assert mode.count > 10
