@@ -9,7 +9,7 @@ VENV ?= .venv
 TEST_ARGS ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst /,_,$(subst $() ,_,$(TORCH)))
 BUILD_TOOLS := "scikit-build-core>=1.0" "pybind11>=3.0" "cmake>=3.25" ninja

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import sys
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _COMPILERS = ("c++", "g++", "clang++")  # the names CMake tries that can compile this project
+_TOLD_TO_CMAKE = re.compile(r"CMAKE_CXX_COMPILER(?!_)|toolchain[-_]file", re.IGNORECASE)
 # Both are read by the override in pyproject.toml; hooks run in the project's root.
 _PURE_SWITCH = "FUSEDPO_PURE_PYTHON"
 _PURE_INFO = pathlib.Path("build/pure-python/_build_info.json")
@@ -43,11 +45,8 @@ Settings = Mapping[str, Any] | None
 
 def missing_compiler(env: Mapping[str, str], settings: Settings = None) -> str | None:
     """Why no C++ compiler can be used, or None when there is one (or when CMake was told which)."""
-    if any("CMAKE_CXX_COMPILER" in key or "CMAKE_TOOLCHAIN_FILE" in key for key in settings or {}):
-        return None
-    if any(word in env.get("CMAKE_ARGS", "") for word in ("CXX_COMPILER", "TOOLCHAIN_FILE")):
-        return None
-    if env.get("CMAKE_TOOLCHAIN_FILE"):
+    told = f"{dict(settings or {})} {env.get('CMAKE_ARGS', '')}"
+    if env.get("CMAKE_TOOLCHAIN_FILE") or _TOLD_TO_CMAKE.search(told):
         return None
     path = env.get("PATH", os.defpath)
     if env.get("CXX"):
@@ -69,7 +68,8 @@ def choose_pure(env: Mapping[str, str], settings: Settings = None) -> str | None
     remedy = "Install one (Debian, Ubuntu: apt install g++) or set CXX to yours, and install again"
     if native == "require":
         raise SystemExit(f"fusedpo: {reason}; FUSEDPO_NATIVE=require forbids to go on. {remedy}.")
-    cuda = (settings or {}).get("cmake.define.FUSEDPO_CUDA", env.get("FUSEDPO_CUDA", ""))
+    defined = [v for k, v in (settings or {}).items() if k.endswith("cmake.define.FUSEDPO_CUDA")]
+    cuda = defined[0] if defined else env.get("FUSEDPO_CUDA", "")
     if str(cuda).upper() == "ON":
         raise SystemExit(f"fusedpo: {reason}, and FUSEDPO_CUDA=ON needs one. {remedy}.")
     return reason

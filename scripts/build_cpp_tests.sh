@@ -4,12 +4,12 @@
 # GoogleTest is the system's if it is there, else comes through apt-get where that is allowed, else
 # CMake downloads it, else one line says what to install.
 set -euo pipefail
-venv=$1 folder=$2
+venv=$(cd "$1" && pwd) folder=$2
 shift 2
 cmake=$venv/bin/cmake
 
 configure() {
-  "$cmake" -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/$venv/bin/ninja" \
+  "$cmake" -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$venv/bin/ninja" \
     -DFUSEDPO_BUILD_TESTS=ON -DFUSEDPO_BUILD_PYTHON=OFF -DFUSEDPO_CUDA=OFF \
     -DFUSEDPO_WERROR="${FUSEDPO_WERROR:-OFF}" "$@" > "$folder.log" 2>&1
 }
@@ -34,7 +34,8 @@ if ! configure -DFUSEDPO_DOWNLOAD_GTEST=OFF "$@"; then
   echo "fusedpo: GoogleTest is not installed: trying apt-get, then a download" >&2
   if ! { apt_install && configure -DFUSEDPO_DOWNLOAD_GTEST=OFF "$@"; }; then
     configure -DFUSEDPO_DOWNLOAD_GTEST=ON "$@" || {
-      echo "fusedpo: GoogleTest is missing and could not be fetched: install it (Debian, Ubuntu: apt install libgtest-dev; Fedora: dnf install gtest-devel) and run make again; details in $folder.log" >&2
+      tail -n 15 "$folder.log" >&2
+      echo "fusedpo: GoogleTest is missing and could not be fetched: install it (Debian, Ubuntu: apt install libgtest-dev; Fedora: dnf install gtest-devel) and run make again (all of CMake's output: $folder.log)" >&2
       exit 1
     }
   fi

@@ -29,7 +29,6 @@ _FUNCTIONS: dict[str, str | None] = {
     "linear_token_logps": "linear_token_logps",
     "pair_logps": None,
     "preference_loss": None,
-    "unpaired_loss": None,
 }
 _CRC_CHECK = (b"123456789", 0xE3069283)  # the check value that defines CRC-32C
 _REFERENCE = "torch reference"

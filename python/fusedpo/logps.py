@@ -102,7 +102,7 @@ def linear_token_logps(
     lora: tuple[Tensor, Tensor, float] | None = None,
     logits_budget_bytes: int | None = None,
 ) -> TokenLogps:
-    """Log-probability of each label under an LM head, without the logits of the batch ever existing.
+    """Log-probability of each label under an LM head; the logits of the batch never exist.
 
     `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature`, without
     `softcap` `z = logit_scale * (hidden @ weight.T + bias) / temperature`; `logps = z[label] -

@@ -6,7 +6,8 @@ the operators are loaded; the public functions in ``fusedpo.logps`` do, after ch
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ METRIC_BITS = {"entropy": 1, "log_sum_sq_probs": 2, "mean_logits": 4, "is_top1":
 _HIDDEN, _WEIGHT, _BIAS, _LORA_HIDDEN, _LORA_WEIGHT = 1, 2, 4, 8, 16
 
 _ops = torch.ops.fusedpo
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _register_fake(name: str) -> Callable[[_Function], _Function]:
+    """torch.library.register_fake, which has no types."""
+    decorator: Callable[[_Function], _Function] = torch.library.register_fake(name)
+    return decorator
 
 
 def _result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +42,7 @@ def _fake_rows(
 # ---- token_logps --------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fusedpo::token_logps")
+@_register_fake("fusedpo::token_logps")
 def _(
     logits: Tensor,
     labels: Tensor,
@@ -48,12 +56,12 @@ def _(
     return *_fake_rows(logits, labels, dtype, metrics), stats
 
 
-@torch.library.register_fake("fusedpo::token_logps_backward")
+@_register_fake("fusedpo::token_logps_backward")
 def _(grad_logps: Any, grad_entropy: Any, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("fusedpo::token_logps_backward_")
+@_register_fake("fusedpo::token_logps_backward_")
 def _(grad_logps: Any, grad_entropy: Any, logits: Tensor, *rest: Any) -> None:
     return None
 
@@ -92,7 +100,7 @@ torch.library.register_autograd("fusedpo::token_logps", _token_backward, setup_c
 # ---- linear_token_logps -------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fusedpo::linear_token_logps")
+@_register_fake("fusedpo::linear_token_logps")
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -128,14 +136,14 @@ def _(
     return *results, stats, unit, lora_unit, kept, anchors
 
 
-@torch.library.register_fake("fusedpo::linear_token_logps_backward_hidden")
+@_register_fake("fusedpo::linear_token_logps_backward_hidden")
 def _(
     grad_logps: Tensor, unit_grad: Tensor, labels: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     return unit_grad.new_empty((*labels.shape, unit_grad.shape[1]), dtype=dtype)
 
 
-@torch.library.register_fake("fusedpo::linear_token_logps_backward")
+@_register_fake("fusedpo::linear_token_logps_backward")
 def _(grad_logps: Any, grad_entropy: Any, *inputs: Any) -> tuple[Any, ...]:
     parameters, needs = inputs[:5], inputs[-1]
     return tuple(

@@ -41,36 +41,50 @@ def copy_project(folder: pathlib.Path) -> pathlib.Path:
     return copy
 
 
-class Environment:
-    """A virtual environment; with `torch`, the packages of the running one are visible in it."""
+class Target:
+    """A folder that the running Python installs into; its own packages stay as they are."""
 
-    def __init__(self, folder: pathlib.Path, *, torch: bool = True) -> None:
-        venv.create(folder, with_pip=not torch, symlinks=True)
-        self.python = folder / "bin" / "python"
-        self.site = pathlib.Path(
-            sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
-        )
-        if torch:  # pip, too
-            (self.site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.python = pathlib.Path(sys.executable)
+        self.site = folder
 
     def run(
         self, *arguments: str, cwd: pathlib.Path | None = None, **env: str
     ) -> subprocess.CompletedProcess[str]:
+        """Runs Python with what was installed; the caller's FUSEDPO_ variables do not count."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_")}
-        environment.pop("PYTHONPATH", None)
         return subprocess.run(
             [str(self.python), *arguments],
             capture_output=True,
             text=True,
-            cwd=cwd or self.site,
-            env={**environment, **env},
+            cwd=cwd or self.site.parent,
+            env={**environment, "PYTHONPATH": str(self.site), **env},
             timeout=600,
         )
 
-    def pip(
+    def install(
         self, *arguments: str, cwd: pathlib.Path, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        return self.run("-m", "pip", *arguments, cwd=cwd, **env)
+        command = ("-m", "pip", "install", "--no-deps", "--target", str(self.site))
+        return self.run(*command, *arguments, cwd=cwd, PYTHONPATH="", **env)
+
+
+class Environment(Target):
+    """A virtual environment; with `torch`, the packages of the running Python are visible in it."""
+
+    def __init__(self, folder: pathlib.Path, *, torch: bool = True) -> None:
+        venv.create(folder, with_pip=not torch, symlinks=True)
+        self.python = folder / "bin" / "python"
+        scheme = {"base": str(folder), "platbase": str(folder)}
+        self.site = pathlib.Path(sysconfig.get_path("purelib", "venv", scheme))
+        if torch:  # pip and the build tools, too
+            folders = [path for path in sys.path if path.endswith("site-packages")]
+            (self.site / "parent.pth").write_text("\n".join(folders) + "\n")
+
+    def install(
+        self, *arguments: str, cwd: pathlib.Path, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "pip", "install", "--no-deps", *arguments, cwd=cwd, **env)
 
 
 def without_compiler(folder: pathlib.Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import zipfile
 
 import fusedpo
 import pytest
-from installs import PROJECT, Environment, copy_project, without_compiler
+from installs import PROJECT, Environment, Target, copy_project, without_compiler
 
 install = pytest.mark.install
 
@@ -128,8 +128,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def wheel(project: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Built without isolation, with warnings as errors."""
     folder = tmp_path_factory.mktemp("wheel")
-    result = Environment(folder / "venv").pip(
-        *("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), "."),
+    result = Target(folder / "site").run(
+        *("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), "."),
         cwd=project,
         FUSEDPO_WERROR="ON",
     )
@@ -137,22 +137,22 @@ def wheel(project: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
     return next(folder.glob("*.whl"))
 
 
-def doctor(environment: Environment) -> dict[str, object]:
+def doctor(environment: Target) -> dict[str, object]:
     result = environment.run("-m", "fusedpo", "--json")
     assert result.returncode == 0, result.stdout + result.stderr
     report: dict[str, object] = json.loads(result.stdout)
     return report
 
 
-def installed_in(environment: Environment) -> bool:
+def installed_in(environment: Target) -> bool:
     code = "import fusedpo, pathlib; print(pathlib.Path(fusedpo.__file__).parents[1])"
     return environment.run("-c", code).stdout.strip() == str(environment.site)
 
 
 @install
 def test_wheel_installs_and_loads(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    environment = Environment(tmp_path / "venv")
-    result = environment.pip("install", "--no-deps", str(wheel), cwd=tmp_path)
+    environment = Target(tmp_path / "site")
+    result = environment.install(str(wheel), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert installed_in(environment)
     assert doctor(environment)["loaded"] == {"cpu": True, "cuda": False}
@@ -202,7 +202,7 @@ def test_libraries_hold_no_path_of_the_machine_they_were_built_on(
 @install
 def test_sdist_installs_with_build_isolation(project: pathlib.Path, tmp_path: pathlib.Path) -> None:
     code = "import fusedpo_build, sys; print(fusedpo_build.build_sdist(sys.argv[1]))"
-    environment = Environment(tmp_path / "venv")
+    environment = Target(tmp_path / "site")
     built = environment.run(
         *("-c", code, str(tmp_path)), cwd=project, PYTHONPATH=str(project / "build_backend")
     )
@@ -217,7 +217,7 @@ def test_sdist_installs_with_build_isolation(project: pathlib.Path, tmp_path: pa
         "python/fusedpo/_load.py",
     } <= files
     assert not any(name.startswith(("build/", ".venv", ".git/")) for name in files)
-    result = environment.pip("install", "--no-deps", str(sdist), cwd=tmp_path)
+    result = environment.install(str(sdist), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert installed_in(environment)
     assert doctor(environment)["loaded"] == {"cpu": True, "cuda": False}
@@ -227,8 +227,8 @@ def test_sdist_installs_with_build_isolation(project: pathlib.Path, tmp_path: pa
 def test_project_installs_with_build_isolation(
     project: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    environment = Environment(tmp_path / "venv")
-    result = environment.pip("install", "--no-deps", ".", cwd=project)
+    environment = Target(tmp_path / "site")
+    result = environment.install(".", cwd=project)
     assert result.returncode == 0, result.stdout + result.stderr
     assert installed_in(environment)
     assert doctor(environment)["loaded"] == {"cpu": True, "cuda": False}
@@ -238,9 +238,8 @@ def test_project_installs_with_build_isolation(
 def test_editable_install_rebuilds_when_a_source_changes(tmp_path: pathlib.Path) -> None:
     project = copy_project(tmp_path)
     environment = Environment(tmp_path / "venv")
-    result = environment.pip(
-        *("install", "--no-deps", "--no-build-isolation", "-Ceditable.rebuild=true", "-e", "."),
-        cwd=project,
+    result = environment.install(
+        *("--no-build-isolation", "-Ceditable.rebuild=true", "-e", "."), cwd=project
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert doctor(environment)["loaded"] == {"cpu": True, "cuda": False}
@@ -261,10 +260,10 @@ def test_editable_install_rebuilds_when_a_source_changes(tmp_path: pathlib.Path)
 def test_no_compiler_gives_a_working_pure_python_install(
     project: pathlib.Path, tmp_path: pathlib.Path, isolation: bool
 ) -> None:
-    environment = Environment(tmp_path / "venv")
+    environment = Target(tmp_path / "site")
     flags = [] if isolation else ["--no-build-isolation"]
     hidden = without_compiler(tmp_path / "bin")
-    result = environment.pip("install", "-v", "--no-deps", *flags, ".", cwd=project, **hidden)
+    result = environment.install("-v", *flags, ".", cwd=project, **hidden)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "WITHOUT the C++ operators" in result.stdout + result.stderr
     assert "fusedpo-0.1.0-py3-none-any.whl" in result.stdout
@@ -291,10 +290,8 @@ def failing_install(
     tmp_path: pathlib.Path, project: pathlib.Path, *arguments: str, **env: str
 ) -> str:
     """What pip says when the install fails; asserts that it does and that nothing is installed."""
-    environment = Environment(tmp_path / "venv")
-    result = environment.pip(
-        "install", "--no-deps", "--no-build-isolation", *arguments, ".", cwd=project, **env
-    )
+    environment = Target(tmp_path / "site")
+    result = environment.install("--no-build-isolation", *arguments, ".", cwd=project, **env)
     assert result.returncode != 0, result.stdout
     assert not (environment.site / "fusedpo").exists()
     return " ".join((result.stdout + result.stderr).split())
@@ -348,7 +345,7 @@ def test_required_native_build_without_compiler_is_an_error(tmp_path: pathlib.Pa
 def test_no_torch_is_an_error_with_the_remedy(tmp_path: pathlib.Path) -> None:
     project = copy_project(tmp_path)
     environment = Environment(tmp_path / "venv", torch=False)
-    result = environment.pip("install", "--no-deps", ".", cwd=project)
+    result = environment.install(".", cwd=project)
     text = " ".join((result.stdout + result.stderr).split())
     assert result.returncode != 0
     assert "torch was not found beside" in text
