@@ -95,28 +95,28 @@ def preference_loss(
 
         name           loss of a pair                                       pick it when
         sigmoid        -ls(x)                                               DPO: start here
-        cdpo           -(1-eps) ls(x) - eps ls(-x)                          a share eps of labels is wrong
-        robust         (-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)            the same, unbiased; eps < 1/2
-        hinge          max(0, 1 - x)                                        large margins shall not count
-        ipo            (s_c/|y_c| - s_r/|y_r| - 1/(2 beta))^2               DPO overfits; needs lengths
+        cdpo           -(1-eps) ls(x) - eps ls(-x)                          labels err by eps
+        robust         (-(1-eps) ls(x) + eps ls(-x)) / (1-2 eps)            the same, unbiased
+        hinge          max(0, 1 - x)                                        margins may be enough
+        ipo            (s_c/|y_c| - s_r/|y_r| - 1/(2 beta))^2               DPO overfits (lengths)
         ipo_sum        (s_c - s_r - 1/(2 beta))^2                           IPO as printed
-        sigmoid_norm   -ls(beta (s_c/|y_c| - s_r/|y_r|))                    length bias; needs lengths
-        exo_pair       q (log q - log(1-eps)) + p (log p - log eps),        reverse KL to the labels;
+        sigmoid_norm   -ls(beta (s_c/|y_c| - s_r/|y_r|))                    length bias (lengths)
+        exo_pair       q (log q - log(1-eps)) + p (log p - log eps),        reverse KL to labels;
                        q = sigmoid(x), p = 1 - q                            eps > 0, e.g. 1e-3
         nca_pair       -ls(beta r_c) - ls(-beta r_c)/2 - ls(-beta r_r)/2    logp_c shall not fall
         bco_pair       -ls(beta r_c) - ls(-beta r_r)                        a classifier's view
         sppo_hard      (r_c - 1/(2 beta))^2 + (r_r + 1/(2 beta))^2          self-play
-        aot            cdpo on sort(L) - sort(L_ref)                        the distribution shall move
+        aot            cdpo on sort(L) - sort(L_ref)                        a distribution moves
         aot_unpaired   cdpo on sort(r_c) - sort(r_r)                        the same, without pairs
         apo_zero       1 - sigmoid(beta r_c) + sigmoid(beta r_r)            chosen beats the model
         apo_down       sigmoid(beta r_c) + 1 - sigmoid(beta (r_c - r_r))    the model beats chosen
         discopop       -(1-q) ls(x) + q e^-x, q = sigmoid(x/discopop_tau)   found by search
         sft            chosen_nll                                           a term of a list
-        cpo            -(1-eps) ls(beta L) - eps ls(-beta L) + a            no reference model
+        cpo            -(1-eps) ls(beta L) - eps ls(-beta L) + a            no reference
         cpo_hinge      max(0, 1 - beta L) + a                               the same with a hinge
         cpo_ipo        (m_c - m_r - 1/(2 beta))^2 + a                       the same as ipo
-        simpo          cdpo on beta (m_c - m_r) - simpo_gamma, + a          no reference, length bias
-        alphapo        simpo on (1 - e^(-alpha m))/alpha in place of m      simpo with a reward shape
+        simpo          cdpo on beta (m_c - m_r) - simpo_gamma, + a          the same by length
+        alphapo        simpo on (1 - e^(-alpha m))/alpha in place of m      simpo, rewards shaped
         orpo           chosen_nll - beta ls(logit e^m_c - logit e^m_r)      one stage, base model
         orpo_logratio  chosen_nll - beta ls(L); this is not ORPO            to reproduce articles
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops import _register_fake
+
 _ops = torch.ops.fusedpo
 _BITS = (1, 2, 4, 8, 16)  # chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, nll
 _LOGPS = 15
@@ -32,7 +34,7 @@ def _needs(*tensors: Tensor | None) -> int:
 # ---- fake kernels -------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fusedpo::preference_loss")
+@_register_fake("fusedpo::preference_loss")
 def _(
     chosen: Tensor,
     rejected: Tensor,
@@ -55,7 +57,7 @@ def _(
     return chosen.new_empty(()), *(torch.empty_like(chosen) for _ in range(5)), gradients, order
 
 
-@torch.library.register_fake("fusedpo::unpaired_loss")
+@_register_fake("fusedpo::unpaired_loss")
 def _(logps: Tensor, *rest: Any) -> tuple[Any, ...]:
     needs = rest[-1]
     gradients = logps.new_empty((needs.bit_count(), logps.shape[0])) if needs else None
@@ -67,7 +69,7 @@ def _(logps: Tensor, *rest: Any) -> tuple[Any, ...]:
     )
 
 
-@torch.library.register_fake("fusedpo::loss_backward")
+@_register_fake("fusedpo::loss_backward")
 def _(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,
@@ -92,12 +94,43 @@ _SORTING = {10: 1, 11: 2}  # codes of the losses that sort the batch, and their 
 # ---- registered autograd ------------------------------------------------------------------------
 
 
+class _Refuse(torch.autograd.Function):
+    """Passes gradients on and connects them to the inputs, by an edge that cannot be followed.
+
+    Backward reads no input, so a graph of it (create_graph=True) would leave the second derivative
+    out without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: tuple[Any, ...], *tensors: Any) -> tuple[Any, ...]:
+        return tensors[: len(tensors) - len(inputs)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        _refuse_second_derivative(ctx, *grads)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "fusedpo's losses have no second derivative; use fusedpo.reference for it."
+    )
+
+
+def _guarded(grads: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`grads`, in a graph of the backward with an edge to the inputs."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    refuse: Any = _Refuse.apply
+    return tuple(refuse(inputs, *grads, *inputs))
+
+
 def _pairs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *others, gradients, order = output[2:]
     ctx.save_for_backward(gradients, order)
     nll, codes, ctx.reduction, ctx.needs = inputs[6], inputs[8], inputs[18], inputs[19]
     ctx.one_nll = nll is not None and nll.dim() == 0
     ctx.sorted_bits = sum({_SORTING.get(code, 0) for code in codes})
+    ctx.inputs = (*inputs[:4], nll)
     saved = (*others, gradients, order)
     ctx.mark_non_differentiable(*(x for x in saved if x is not None))
     ctx.set_materialize_grads(False)
@@ -107,7 +140,7 @@ def _pairs_backward(ctx: Any, grad_loss: Any, grad_losses: Any, *_: Any) -> tupl
     gradients, order = ctx.saved_tensors
     if gradients is None or (grad_loss is None and grad_losses is None):
         return (None,) * 20
-    c, r, ref_c, ref_r, nll = _ops.loss_backward.default(
+    grads = _ops.loss_backward.default(
         grad_loss,
         grad_losses,
         gradients,
@@ -117,13 +150,15 @@ def _pairs_backward(ctx: Any, grad_loss: Any, grad_losses: Any, *_: Any) -> tupl
         ctx.reduction,
         ctx.one_nll,
     )
-    return (c, r, ref_c, ref_r, None, None, nll, *(None,) * 13)
+    *logps, nll = _guarded(grads, ctx.inputs)
+    return (*logps, None, None, nll, *(None,) * 13)
 
 
 def _unpaired_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, _, rewards, gradients = output
     ctx.save_for_backward(gradients)
     ctx.reduction, ctx.needs = inputs[9], inputs[10]
+    ctx.inputs = inputs[:2]
     ctx.mark_non_differentiable(*(x for x in (rewards, gradients) if x is not None))
     ctx.set_materialize_grads(False)
 
@@ -135,13 +170,7 @@ def _unpaired_backward(ctx: Any, grad_loss: Any, grad_losses: Any, *_: Any) -> t
     grads = _ops.loss_backward.default(
         grad_loss, grad_losses, gradients, None, ctx.needs, 0, ctx.reduction, False
     )
-    return (grads[0], grads[2], *(None,) * 9)
-
-
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError(
-        "fusedpo's losses have no second derivative; use fusedpo.reference for it."
-    )
+    return (*_guarded((grads[0], grads[2]), ctx.inputs), *(None,) * 9)
 
 
 torch.library.register_autograd(
@@ -164,7 +193,7 @@ class _Attach(torch.autograd.Function):
     def forward(
         ctx: Any, loss: Tensor, losses: Tensor, saved: tuple[Any, ...], *inputs: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ctx.saved = saved
+        ctx.saved, ctx.inputs = saved, inputs
         ctx.set_materialize_grads(False)
         return loss, losses
 
@@ -172,10 +201,12 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if grads[0] is None and grads[1] is None:
             return (None,) * 8
-        if torch.is_grad_enabled():  # create_graph: the operator's rule refuses when it is used
-            return None, None, None, *_ops.loss_backward.default(*grads, *ctx.saved)
         with torch._C._AutoDispatchBelowAutograd():
-            return None, None, None, *_ops.loss_backward.default(*grads, *ctx.saved)
+            scaled = _ops.loss_backward.default(*grads, *ctx.saved)
+        return None, None, None, *_guarded(scaled, ctx.inputs)
+
+
+_attach: Any = _Attach.apply
 
 
 def run_pairs(
@@ -204,9 +235,7 @@ def run_pairs(
         loss, losses, *rest, gradients, order = _ops.preference_loss.default(*tensors, *options)
     one_nll = nll is not None and nll.dim() == 0
     saved = (gradients, order, needs, plan.sorted_bits, reduction, one_nll)
-    loss, losses = _Attach.apply(
-        loss, losses, saved, chosen, rejected, ref_chosen, ref_rejected, nll
-    )
+    loss, losses = _attach(loss, losses, saved, chosen, rejected, ref_chosen, ref_rejected, nll)
     return loss, losses, *rest
 
 
@@ -226,5 +255,5 @@ def run_unpaired(
     with torch._C._AutoDispatchBelowAutograd():
         loss, losses, rewards, gradients = _ops.unpaired_loss.default(*call)
     saved = (gradients, None, needs, 0, reduction, False)
-    loss, losses = _Attach.apply(loss, losses, saved, logps, None, ref_logps, None, None)
+    loss, losses = _attach(loss, losses, saved, logps, None, ref_logps, None, None)
     return loss, losses, rewards

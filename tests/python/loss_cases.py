@@ -40,9 +40,7 @@ def inputs_of(
     pairs: int, dtype: torch.dtype = torch.float64, spread: float = 4.0
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Four log-probs [B] that require gradients, and lengths and chosen_nll; seeded by pytest."""
-    logps = [
-        (-30 + spread * torch.randn(pairs, dtype=dtype)).requires_grad_() for _ in range(4)
-    ]
+    logps = [(-30 + spread * torch.randn(pairs, dtype=dtype)).requires_grad_() for _ in range(4)]
     needs = {
         "chosen_lengths": torch.randint(5, 40, (pairs,)),
         "rejected_lengths": torch.randint(5, 40, (pairs,)),

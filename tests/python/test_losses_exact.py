@@ -119,8 +119,9 @@ def definition(name: str, f: str, eps: float) -> Callable[[Any, Any], Any]:
         "cpo_hinge": lambda c, r: max(mpf(0), 1 - b * (c - r)) + half * nll,
         "cpo_ipo": lambda c, r: (c / n_c - r / n_r - 1 / (2 * b)) ** 2 + half * nll,
         "simpo": lambda c, r: smooth(b * (c / n_c - r / n_r) - g, e) + half * nll,
-        "alphapo": lambda c, r: smooth(b * (alpha_reward(c / n_c) - alpha_reward(r / n_r)) - g, e)
-        + half * nll,
+        "alphapo": lambda c, r: (
+            smooth(b * (alpha_reward(c / n_c) - alpha_reward(r / n_r)) - g, e) + half * nll
+        ),
         "orpo": lambda c, r: nll - b * ls(logit_of_exp(c / n_c) - logit_of_exp(r / n_r)),
         "orpo_logratio": lambda c, r: nll - b * ls(c - r),
     }
@@ -236,11 +237,11 @@ def test_sorted_losses_are_exact(name, dtype):
     grads = torch.autograd.grad(out.loss, leaves)
     c, r, ref_c, ref_r = ([mpf(v) for v in leaf.tolist()] for leaf in leaves)
     if name == "aot":
-        up, down = ([x - y for x, y in zip(*sides, strict=True)] for sides in ((c, r), (ref_c, ref_r)))
-        users = ((0, 1), (3, 2))  # inputs with sign + and - in `up`, then in -`down`
+        sides, users = ((c, r), (ref_c, ref_r)), ((0, 1), (3, 2))
     else:
-        up, down = ([x - y for x, y in zip(*sides, strict=True)] for sides in ((c, ref_c), (r, ref_r)))
-        users = ((0, 2), (3, 1))
+        sides, users = ((c, ref_c), (r, ref_r)), ((0, 2), (3, 1))
+    # users: the inputs with a plus and a minus sign in `up`, then in -`down`
+    up, down = ([x - y for x, y in zip(*side, strict=True)] for side in sides)
     up_order = sorted(range(len(up)), key=lambda i: up[i])
     down_order = sorted(range(len(down)), key=lambda i: down[i])
     want = [[mpf(0)] * len(up) for _ in range(4)]
@@ -251,9 +252,9 @@ def test_sorted_losses_are_exact(name, dtype):
         spread = float(abs(up[i]) + abs(down[j]))
         assert_close(out.losses[k].item(), exact, dtype, 1e-3 * spread, (name, k))
         derivative = slope(lambda d: smooth(b * d, mpf(eps)), (d,), 0)
-        for at, (plus, minus), sign in ((i, users[0], 1), (j, users[1], 1)):
-            want[plus][at] += sign * derivative
-            want[minus][at] -= sign * derivative
+        for at, (plus, minus) in ((i, users[0]), (j, users[1])):
+            want[plus][at] += derivative
+            want[minus][at] -= derivative
     for got, exact_grad in zip(grads, want, strict=True):
         for k, value in enumerate(got.tolist()):
             assert_close(value, exact_grad[k], dtype, 1.0, (name, k))

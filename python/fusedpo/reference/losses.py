@@ -224,12 +224,12 @@ def unpaired_loss(
         reduction,
     )
     r = exact(logps) - exact(ref_logps)
-    sign = torch.where(labels, 1.0, -1.0).to(r.dtype)
+    sign = torch.full_like(r, -1.0).masked_fill(labels, 1.0)
     shifts = (
         exact(value.detach().reshape(())) if isinstance(value, Tensor) else value
         for value in (kl, delta)
     )
-    weights = torch.where(labels, desirable_weight, undesirable_weight).to(r.dtype)
+    weights = torch.full_like(r, undesirable_weight).masked_fill(labels, desirable_weight)
     losses = weights * loss.value(_Completions(r, sign, beta, *shifts))
     return UnpairedLoss(
         loss=_reduce(losses, reduction).to(logps.dtype),
