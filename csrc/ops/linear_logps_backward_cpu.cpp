@@ -20,8 +20,9 @@ enum Needs : int64_t { kHidden = 1, kWeight = 2, kBias = 4, kLoraHidden = 8, kLo
 
 // dW, dB or d bias: out [V, C] += D^T right, right [n, C].
 struct VocabGradient {
-  Tensor right;  // X, U or ones, in the result type
-  Tensor out;    // in its parameter's type
+  Tensor right;       // X, U or ones, in the result type
+  Tensor out;         // in its parameter's type
+  bool in_gemm_type;  // one GEMM in the GEMM's own type, rounded once, straight into out
   Tensor scratch_right, scratch_tile;
   bool started = false;  // this tile of out holds something
 };
@@ -58,9 +59,13 @@ class Backward {
 
   // A gradient on the vocabulary's side; its tiles of out are complete once run() returns.
   void add_vocab_gradient(const Tensor& right, const Tensor& out) {
-    VocabGradient g{right, out, Tensor(), Tensor(), false};
-    g.scratch_right = empty_as(right, {p_.n * right.size(1)}, p_.result);
-    if (dtype_of(out) != p_.result) {
+    // A bf16 GEMM sums in fp32, so where one product holds every row and out is bf16 anyway,
+    // nothing is lost. Several products must meet in fp32 first.
+    const bool in_gemm_type = dtype_of(out) == p_.gemm && p_.gemm == p_.compute && stored_ == p_.n;
+    const DType right_type = in_gemm_type ? p_.gemm : p_.result;
+    VocabGradient g{right, out, in_gemm_type, Tensor(), Tensor(), false};
+    g.scratch_right = empty_as(right, {p_.n * right.size(1)}, right_type);
+    if (!in_gemm_type && dtype_of(out) != p_.result) {
       g.scratch_tile = empty_as(right, {p_.tile_width * right.size(1)}, p_.result);
     }
     vocab_gradients_.push_back(std::move(g));
@@ -78,7 +83,9 @@ class Backward {
       z_ = empty_as(p_.x, {p_.block * p_.tile_width}, p_.gemm);
       if (p_.gemm != p_.result) d_ = empty_as(p_.x, {p_.block * p_.tile_width}, p_.result);
     }
-    if (stored_ > 0 && p_.compute != p_.result) {
+    bool widens = false;
+    for (const VocabGradient& g : vocab_gradients_) widens |= !g.in_gemm_type;
+    if (stored_ > 0 && p_.compute != p_.result && widens) {
       e_ = empty_as(p_.x, {stored_ * p_.tile_width}, p_.result);
     }
     for (int64_t tile = 0; tile < p_.tiles; ++tile) {
@@ -118,35 +125,48 @@ class Backward {
     Tensor e = torch::stable::view(*kept_, {kept_->numel()});
     e = narrowed(e, kept_stride_ * begin_, stored_ * columns_);
     e = torch::stable::view(e, {stored_, columns_});
+    Tensor wide = e;
     if (e_.defined()) {
-      const Tensor widened = matrix(e_, stored_, columns_);
-      convert_rows(e, p_.result, widened);
-      e = widened;
+      wide = matrix(e_, stored_, columns_);
+      convert_rows(e, p_.result, wide);
     }
     const void* anchors = anchors_->const_data_ptr();
     const RowKernels& kernels = row_kernels();
     for (VocabGradient& g : vocab_gradients_) {
       const int64_t cols = g.right.size(1);
       const Tensor scaled = matrix(g.scratch_right, stored_, cols);
-      const Rows from(g.right), to(scaled), out(tile_out(g));
+      const DType right_type = dtype_of(scaled);
+      const Rows from(g.right), to(scaled);
       torch::stable::parallel_for(0, stored_, row_grain(cols), [&](int64_t a, int64_t b) {
         for (int64_t i = a; i < b; ++i) {
           const RowGradient& row = rows_[static_cast<size_t>(i)];
           const double anchor = value_at(anchors, p_.result, i * p_.tiles + tile);
           // A tile of masked logits only has no anchor and no mass.
           const double share = anchor == -INFINITY ? 0.0 : std::exp(anchor - row.max - row.log_sum);
-          kernels.scale(p_.result, -row.grad_logp * k_ * share, from.row(i), to.row(i), p_.result,
+          kernels.scale(p_.result, -row.grad_logp * k_ * share, from.row(i), to.row(i), right_type,
                         cols);
         }
       });
-      add_to(g, e, scaled);
-      for (int64_t i = 0; i < stored_; ++i) {
-        const int64_t label = p_.kept.label[static_cast<size_t>(i)] - begin_;
-        if (label < 0 || label >= columns_) continue;
-        const RowGradient& row = rows_[static_cast<size_t>(i)];
-        const double d = row.grad_logp * k_ * row.rest_share * slopes_[static_cast<size_t>(i)];
-        kernels.scale_add(p_.result, 1.0, out.row(label), d, from.row(i), p_.result, cols);
-      }
+      add_to(g, g.in_gemm_type ? e : wide, scaled);
+      add_labels(g);
+    }
+  }
+
+  // The labels' entries of D, each times its row of `right`, to this tile of out.
+  void add_labels(const VocabGradient& g) const {
+    const RowKernels& kernels = row_kernels();
+    const Tensor tile = tile_out(g);
+    const DType type = dtype_of(tile);
+    const Rows out(tile), from(g.right);
+    std::vector<double> sum(static_cast<size_t>(out.cols()));  // a row in fp32 or fp64
+    for (int64_t i = 0; i < stored_; ++i) {
+      const int64_t label = p_.kept.label[static_cast<size_t>(i)] - begin_;
+      if (label < 0 || label >= columns_) continue;
+      const RowGradient& row = rows_[static_cast<size_t>(i)];
+      const double d = row.grad_logp * k_ * row.rest_share * slopes_[static_cast<size_t>(i)];
+      kernels.convert(type, out.row(label), p_.result, p_.result, sum.data(), out.cols());
+      kernels.scale_add(p_.result, 1.0, sum.data(), d, from.row(i), p_.result, out.cols());
+      kernels.convert(p_.result, sum.data(), p_.result, type, out.row(label), out.cols());
     }
   }
 

@@ -73,12 +73,14 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
                           const Tensor& labels, int64_t ignore_index, double temperature,
                           double softcap, double logit_scale, int64_t metric_bits,
                           ScalarType compute_dtype, int64_t vocab_tile, bool want_grad,
-                          int64_t keep_rows) {
+                          int64_t keep_rows_at_most) {
   LinearProblem p(hidden, weight, bias, lora_hidden, lora_weight, labels, ignore_index,
                   {logit_scale, softcap, temperature}, dtype_of(compute_dtype), vocab_tile);
   const unsigned metrics = static_cast<unsigned>(metric_bits);
   const RowKernels& kernels = row_kernels();
-  const int64_t rows_in_all = labels.numel(), stored = std::min(keep_rows, p.n);
+  const int64_t rows_in_all = labels.numel();
+  const int64_t keep_rows = std::min(keep_rows_at_most, rows_in_all);
+  const int64_t stored = std::min(keep_rows, p.n);
   const bool exact_targets = p.gemm == DType::bf16;
 
   RowOutputs out(hidden, labels, p.result, metrics);
@@ -87,7 +89,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
   if (want_grad) unit.emplace(p, rows_in_all, hidden.size(hidden.dim() - 1));
   if (want_grad && lora_weight) lora_unit.emplace(p, rows_in_all, lora_weight->size(1));
   OptionalTensor kept, anchors;
-  if (keep_rows > 0) {
+  if (keep_rows_at_most > 0) {
     kept = empty_as(hidden, {keep_rows, p.vocab}, p.compute);
     advise_huge_pages(*kept);
     anchors = zeros_as(hidden, {keep_rows, p.tiles}, p.result);

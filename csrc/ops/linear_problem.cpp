@@ -73,7 +73,7 @@ Tensor LinearProblem::gather(const Tensor& source_in) const {
 Tensor LinearProblem::tile_of(const Tensor& source, int64_t begin, int64_t columns, DType type,
                               Tensor& scratch) const {
   const Tensor tile = narrowed(source, begin, columns);
-  if (dtype_of(source) == type) return tile;  // then it is also `compute`: nothing to round
+  if (dtype_of(source) == compute && compute == type) return tile;  // nothing to round or widen
   if (!scratch.defined()) scratch = empty_as(source, {tile_width * source.size(1)}, type);
   const Tensor out = matrix(scratch, columns, source.size(1));
   convert_rows(tile, compute, out);

@@ -36,12 +36,16 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
   // operands are rounded to it tile by tile, never as a whole.
   //   vocab_tile  vocabulary entries per GEMM
   //   want_grad   whether d logp / d hidden (and d lora_hidden) is formed now, one more GEMM
-  //   keep_rows   scored rows whose exp(z - anchor) is kept for the gradients of weight, bias and
-  //               lora_weight; later rows are recomputed
+  //   keep_rows   how many scored rows' exp(z - anchor) may be kept for the gradients of weight,
+  //   bias
+  //               and lora_weight; later rows are recomputed. Not more than N are. (N itself is no
+  //               argument: a number that depends on it would be a new graph for every batch
+  //               shape.)
   // stats [saved] [N, 4]: max z, log sum exp(z - max), 1 - p_label, 1 - tanh^2 at the label.
   // unit_grad [saved] [N, H], lora_unit_grad [N, r]: d logp / d hidden, fp32 (fp64).
-  // kept [saved] [keep_rows, V] in compute_dtype: tile after tile, each [kept rows, columns];
-  // unspecified past the scored rows. anchors [saved] [keep_rows, tiles]: each tile's anchor.
+  // kept [saved] [min(keep_rows, N), V] in compute_dtype: tile after tile, each [kept rows,
+  // columns]; unspecified past the scored rows. anchors [saved] [min(keep_rows, N), tiles]: each
+  // tile's anchor.
   m.def(
       "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden,"
       " Tensor? lora_weight, Tensor labels, int ignore_index, float temperature, float softcap,"

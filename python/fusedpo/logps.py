@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -187,10 +187,10 @@ def linear_token_logps(
 
     compute_dtype = linear_compute_dtype(hidden)
     vocabulary = weight.shape[0]
-    keep_rows: Any = 0
+    keep_rows = 0
     if _needs_grad(weight, bias, lora_weight):
         budget = _BUDGET_CPU if logits_budget_bytes is None else logits_budget_bytes
-        keep_rows = min(labels.numel(), budget // (vocabulary * compute_dtype.itemsize))
+        keep_rows = budget // (vocabulary * compute_dtype.itemsize)
     out = torch.ops.fusedpo.linear_token_logps.default(
         hidden,
         weight,

@@ -128,10 +128,11 @@ def _(
     unit = saved(count, hidden.shape[-1], dtype, want_grad)
     lora_columns = 0 if lora_weight is None else lora_weight.shape[1]
     lora_unit = saved(count, lora_columns, dtype, want_grad and lora_weight is not None)
-    keeps = keep_rows > 0
-    kept = saved(keep_rows, vocabulary, compute_dtype, keeps)
+    sym_min: Any = torch.sym_min  # untyped
+    keeps, kept_rows = keep_rows > 0, sym_min(count, keep_rows)
+    kept = saved(kept_rows, vocabulary, compute_dtype, keeps)
     tiles = (vocabulary + vocab_tile - 1) // vocab_tile
-    anchors = saved(keep_rows, tiles, dtype, keeps)
+    anchors = saved(kept_rows, tiles, dtype, keeps)
     results = _fake_rows(hidden, labels, dtype, metrics)
     return *results, stats, unit, lora_unit, kept, anchors
 

@@ -17,7 +17,14 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
 from datasets import Dataset
 from trl import DPOTrainer
-from trl_helpers import make_config, make_model, make_pairs, make_tokenizer, train
+from trl_helpers import (
+    make_config,
+    make_model,
+    make_pairs,
+    make_tokenizer,
+    one_thread,  # noqa: F401  a fixture
+    train,
+)
 
 import fusedpo
 from fusedpo.trl import FusedDPOTrainer
@@ -92,7 +99,7 @@ def trainers(tmp_path_factory: Any) -> tuple[Any, Any]:
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.1 * noise.to(parameter.dtype))
+                parameter.add_(0.15 * noise.to(parameter.dtype))
         made.append(trainer)
     return made[0], made[1]
 
@@ -371,7 +378,7 @@ def kto_trainer(tmp_path_factory: Any) -> Any:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""The fused head against the model's own forward: every way transformers shapes logits, and sharded heads."""
+"""The fused head against the model's own forward: each way to shape logits, and sharded heads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
-from trl_helpers import FAMILIES, VOCABULARY, make_model, one_thread  # noqa: F401  a fixture
-
 import fusedpo.trl.head as head_module
 from fusedpo.reference import METRICS
 from fusedpo.reference import token_logps as reference_token_logps
 from fusedpo.trl.head import add_fused_head, logit_transform
+from trl_helpers import FAMILIES, VOCABULARY, make_model, one_thread  # noqa: F401  a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, T = 3, 11
 
@@ -41,7 +42,9 @@ def test_fused_head_equals_the_models_own_forward(family: str) -> None:
     model, inputs = make_model(family).eval(), batch()
     want = scored_by_logits(model, inputs)
     want.logps.sum().backward()
-    want_grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    want_grads = {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
     model.zero_grad()
 
     add_fused_head(model, outputs=("log_probs", *METRICS))
@@ -78,7 +81,9 @@ def test_prompt_and_padding_never_reach_the_product_with_the_head(monkeypatch: A
     rows: list[int] = []
     original = head_module.linear_token_logps
 
-    def spy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options: Any) -> Any:
+    def spy(
+        hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options: Any
+    ) -> Any:
         rows.append(int((labels != -100).sum()))
         # NaN in the rows that are left out would spread if any of them were multiplied.
         hidden = hidden.masked_fill((labels == -100).unsqueeze(-1), float("nan"))
@@ -179,8 +184,9 @@ def test_head_in_another_dtype_than_the_hidden_states_is_converted_outside_autoc
 def test_zero3_shards_are_gathered_in_forward_and_again_in_backward(
     family: str, monkeypatch: Any
 ) -> None:
-    # ZeRO-3 leaves a parameter of size 0 outside its gather context; that can be had without DeepSpeed.
-    # What DeepSpeed does with the gradient afterwards cannot, so the gradients are asked for directly.
+    # ZeRO-3 leaves a parameter of size 0 outside its gather context; that can be had without
+    # DeepSpeed. What DeepSpeed does with the gradient afterwards cannot, so the gradients are asked
+    # for directly.
     model, inputs = make_model(family), batch()
     parameters = list(model.parameters())
     want = torch.autograd.grad(scored_by_logits(model, inputs).logps.sum(), parameters)

@@ -1,4 +1,4 @@
-"""FusedDPOTrainer against DPOTrainer: every logged value of every step, in every way of training."""
+"""FusedDPOTrainer against DPOTrainer: every logged value of every step, in many setups."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
+import fusedpo.trl.head as head_module
+import fusedpo.trl.metrics as metrics_module
+import fusedpo.trl.trainer as trainer_module
 import peft
 import trl.trainer.dpo_trainer as trl_dpo
 from datasets import Dataset
+from fusedpo.trl import FusedDPOTrainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOTrainer
 from trl_helpers import (
@@ -27,10 +31,7 @@ from trl_helpers import (
     train,
 )
 
-import fusedpo.trl.head as head_module
-import fusedpo.trl.metrics as metrics_module
-import fusedpo.trl.trainer as trainer_module
-from fusedpo.trl import FusedDPOTrainer
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DPO_METRICS = {
     "entropy",
@@ -180,7 +181,8 @@ def test_compute_metrics_gets_the_same_logits_as_from_trl(tmp_path: Any) -> None
 
 
 def test_bf16_autocast_over_fp32_weights_trains_as_trl_does(tmp_path: Any) -> None:
-    # TRL's default. Rounding to bf16 happens at other places, so only bf16's own precision is asked.
+    # TRL's default. Rounding to bf16 happens at other places, so only bf16's own precision is
+    # asked.
     options: dict[str, Any] = {"bf16": True, "max_steps": 3, "learning_rate": 1e-3}
     theirs = logged(train(DPOTrainer, tmp_path, **options))
     ours = logged(train(FusedDPOTrainer, tmp_path, **options))
@@ -228,9 +230,7 @@ def test_loss_options_that_are_not_supported_are_refused_by_name(
 def test_lora_on_the_head_is_refused_at_construction(tmp_path: Any) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head"):
-        train(
-            FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False
-        )
+        train(FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False)
 
 
 def test_unsupported_trl_is_refused_at_construction(tmp_path: Any, monkeypatch: Any) -> None:
@@ -277,9 +277,7 @@ class Transfers(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_metrics_of_a_step_cost_one_transfer(
-    family: str, tmp_path: Any, monkeypatch: Any
-) -> None:
+def test_metrics_of_a_step_cost_one_transfer(family: str, tmp_path: Any, monkeypatch: Any) -> None:
     # tolist, cpu and numpy do not pass through the dispatcher for a tensor that is on the host.
     per_step, inside = [], Transfers()
     for name in ("tolist", "cpu", "numpy"):
@@ -307,7 +305,8 @@ def test_metrics_of_a_step_cost_one_transfer(
 def test_loss_reads_nothing_from_the_device_beyond_labels_and_metrics(
     tmp_path: Any, monkeypatch: Any
 ) -> None:
-    # The public functions check labels (and lengths, on the CPU); what is left is the trainer's own.
+    # The public functions check labels (and lengths, on the CPU); what is left is the trainer's
+    # own.
     mode, per_step = Transfers(), []
 
     def uncounted(function: Any) -> Any:

@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from threads, and lose minutes where others use the cores, too."""
     threads = torch.get_num_threads()
@@ -52,11 +52,17 @@ def one_thread() -> Iterator[None]:
 
 
 def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:
-    """Return a model with weights large enough that logits differ, so that comparisons mean something."""
+    """Return a model with weights so large that its logits differ from token to token."""
     name, options = FAMILIES[family]
     sizes = dict(_SIZES)
     if name == "GPT2":
-        sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 64,
+        }
     config = getattr(transformers, f"{name}Config")(**{**sizes, **_SPECIAL, **options})
     config.initializer_range = std
     torch.manual_seed(seed)
@@ -96,8 +102,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     fast.chat_template = (
-        "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}{{ m['content'] }}"
-        "{{ ' <eos> ' }}{% endfor %}{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
+        "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}"
+        "{{ m['content'] }}{{ ' <eos> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
     )
     return fast
 

@@ -24,7 +24,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from fusedpo.reference import METRICS, TokenLogps, linear_token_logps
+from fusedpo import TokenLogps, linear_token_logps
+from fusedpo.reference import METRICS
 
 _TRANSFORMERS = Version(transformers.__version__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedpo.reference import PairLogps, PreferenceLoss
+from fusedpo import PairLogps, PreferenceLoss
 
 
 def step_metrics(

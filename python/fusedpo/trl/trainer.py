@@ -134,8 +134,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if not return_outputs:
             return loss
         warnings.warn(
-            "fusedpo: compute_metrics and return_outputs need logits; the fused head does not build "
-            "them, a second forward pass does. TRL removes both in its version 2.",
+            "fusedpo: compute_metrics and return_outputs need logits; the fused head builds none, "
+            "so a second forward pass runs. TRL removes both in its version 2.",
             FutureWarning,
             stacklevel=2,
         )

@@ -70,7 +70,7 @@ def require_supported() -> str:
     version = installed()
     if version is None:
         raise ImportError(
-            f"fusedpo.trl needs TRL {SUPPORTED_RANGE_TEXT}, which is not installed: {INSTALL_COMMAND}"
+            f"fusedpo.trl needs TRL {SUPPORTED_RANGE_TEXT}, and found none: {INSTALL_COMMAND}"
         )
     problem = check(version)
     if problem is not None:
