@@ -33,7 +33,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("demo_output"))
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)  # the child processes
     options = parser.parse_args()
     if options.run:
@@ -98,11 +98,10 @@ def train(name: str, work: pathlib.Path, steps: int) -> None:
     import copy
 
     import datasets
+    import fusedpo
     import torch
     import transformers
     import trl
-
-    import fusedpo
     from fusedpo.trl import FusedDPOTrainer
 
     transformers.utils.logging.set_verbosity_error()

@@ -14,8 +14,8 @@ import random
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-_ONSETS = "b d f g h j k l m n p r s t v w z br dr fl gr kl pr sk st tr".split()
-_VOWELS = "a e i o u ai au ei ou".split()
+_ONSETS = [*"bdfghjklmnprstvwz", "br", "dr", "fl", "gr", "kl", "pr", "sk", "st", "tr"]
+_VOWELS = [*"aeiou", "ai", "au", "ei", "ou"]
 _PROMPT_WORDS = 32
 _ANSWER_WORDS = 36
 

@@ -5,10 +5,10 @@ python train_dpo_trl.py [MODEL [PREFERENCES.jsonl]]      rows with prompt, chose
 
 import sys
 
+import torch
 from datasets import load_dataset
-from trl import DPOConfig
-
 from fusedpo.trl import FusedDPOTrainer  # instead of: from trl import DPOTrainer
+from trl import DPOConfig
 
 model = sys.argv[1] if len(sys.argv) > 1 else "Qwen/Qwen2.5-0.5B-Instruct"
 if len(sys.argv) > 2:
@@ -16,7 +16,12 @@ if len(sys.argv) > 2:
 else:
     dataset = load_dataset("trl-lib/ultrafeedback_binarized", split="train")
 
-config = DPOConfig(output_dir="dpo_output", logging_steps=1, report_to="none")
+config = DPOConfig(
+    output_dir="dpo_output",
+    logging_steps=1,
+    report_to="none",
+    use_cpu=not torch.accelerator.is_available(),
+)
 trainer = FusedDPOTrainer(model, args=config, train_dataset=dataset)
 trainer.train()
 trainer.save_model()

@@ -183,9 +183,19 @@ def assert_equal_logs(
     for step, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         assert mine.keys() == theirs.keys(), f"step {step}"
         for name, value in theirs.items():
+            if name.endswith("rewards/accuracies") and _is_tie(theirs):
+                continue
             near_zero = "rewards/" in name and "accuracies" not in name
             limit = max(1e-4 if near_zero else abs_, rel * abs(value))
             assert abs(mine[name] - value) <= limit, f"step {step}: {name} {mine[name]} != {value}"
+
+
+def _is_tie(entry: dict[str, float]) -> bool:
+    # Before the first step the policy is the reference. If that was precomputed in batches of
+    # another padding, the rewards are rounding errors, and the accuracy is the sign of rounding
+    # errors.
+    margins = [value for name, value in entry.items() if name.endswith("rewards/margins")]
+    return 0 < abs(margins[0]) < 1e-5
 
 
 def largest_difference(got: list[dict[str, float]], want: list[dict[str, float]]) -> float:
