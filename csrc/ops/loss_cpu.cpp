@@ -2,6 +2,7 @@
 // derivative, so backward reads no log-prob again.
 #include "cpu/loss_cpu.h"
 
+#include <algorithm>
 #include <string>
 
 #include "ops/stable.h"
@@ -170,6 +171,16 @@ PairResult preference_loss(const Tensor& chosen, const Tensor& rejected,
   return type == ScalarType::Double ? run(double{}) : run(float{});
 }
 
+bool has_empty_completion(const Tensor& chosen_lengths, const Tensor& rejected_lengths) {
+  for (const Tensor* lengths : {&chosen_lengths, &rejected_lengths}) {
+    check_pairs(*lengths, chosen_lengths, ScalarType::Long, "lengths");
+    const Tensor held = dense(*lengths);
+    const int64_t* n = held.const_data_ptr<int64_t>();
+    if (std::any_of(n, n + held.size(0), [](int64_t length) { return length < 1; })) return true;
+  }
+  return false;
+}
+
 // [loss, losses, rewards, gradients]
 using UnpairedResult = std::tuple<Tensor, Tensor, Tensor, OptionalTensor>;
 
@@ -279,5 +290,6 @@ Gradients loss_backward(const OptionalTensor& grad_loss, const OptionalTensor& g
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
   m.impl("preference_loss", TORCH_BOX(&fusedpo::preference_loss));
   m.impl("unpaired_loss", TORCH_BOX(&fusedpo::unpaired_loss_cpu));
+  m.impl("has_empty_completion", TORCH_BOX(&fusedpo::has_empty_completion));
   m.impl("loss_backward", TORCH_BOX(&fusedpo::loss_backward));
 }

@@ -105,6 +105,10 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
       " -> (Tensor? chosen_logps, Tensor? rejected_logps, Tensor? ref_chosen_logps,"
       " Tensor? ref_rejected_logps, Tensor? chosen_nll)");
 
+  // Whether a length ([B] int64) is below 1. An operator of its own because only a step outside a
+  // compiled graph asks.
+  m.def("has_empty_completion(Tensor chosen_lengths, Tensor rejected_lengths) -> bool");
+
   // JSON: the CPU kernels' instruction set and the route of bf16 GEMMs.
   m.def("cpu_info() -> str");
 }

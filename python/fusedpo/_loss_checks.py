@@ -71,11 +71,11 @@ class PairPlan(NamedTuple):
     discopop_tau: float
     simpo_gamma: float
     alpha: float
-    codes: list[int]
     sorted_bits: int  # 1 aot, 2 aot_unpaired
     needs_reference: bool
     needs_lengths: bool
     needs_nll: bool
+    operator_options: tuple[Any, ...]  # arguments of the operator, from `losses` to `alpha`
 
 
 def unknown_loss(name: object, known: Mapping[str, Any]) -> ValueError:
@@ -162,23 +162,27 @@ def _make_plan(
             factor = loss.cpo_alpha_default if cpo_alpha is None else cpo_alpha
         nll_weights.append(float(factor))
     sorted_bits = (1 if "aot" in names else 0) | (2 if "aot_unpaired" in names else 0)
+    numbers = (
+        float(beta),
+        float(label_smoothing),
+        F_DIVERGENCES.index(f_divergence_type),
+        float(f_alpha_divergence_coef),
+        float(discopop_tau),
+        float(simpo_gamma),
+        float(alpha),
+    )
+    floats = [float(weight) for weight in weights]
     return PairPlan(
-        names=names,
-        losses=losses,
-        weights=[float(weight) for weight in weights],
-        nll_weights=nll_weights,
-        beta=float(beta),
-        label_smoothing=float(label_smoothing),
-        f_divergence=F_DIVERGENCES.index(f_divergence_type),
-        f_alpha=float(f_alpha_divergence_coef),
-        discopop_tau=float(discopop_tau),
-        simpo_gamma=float(simpo_gamma),
-        alpha=float(alpha),
-        codes=[loss.code for loss in losses],
+        names,
+        losses,
+        floats,
+        nll_weights,
+        *numbers,
         sorted_bits=sorted_bits,
         needs_reference=any(loss.reference for loss in losses),
         needs_lengths=any(loss.lengths for loss in losses),
         needs_nll=any(weight != 0.0 for weight in nll_weights),
+        operator_options=([loss.code for loss in losses], floats, nll_weights, *numbers),
     )
 
 
@@ -247,18 +251,27 @@ def check_pair_tensors(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
     check_vector("chosen_logps", chosen, None)
-    check_vector("rejected_logps", rejected, chosen)
-    if ref_chosen is not None:
-        check_vector("ref_chosen_logps", ref_chosen, chosen)
-    if ref_rejected is not None:
-        check_vector("ref_rejected_logps", ref_rejected, chosen)
-    if pair_weights is not None:
-        check_vector("pair_weights", pair_weights, chosen)
-        if plan.sorted_bits:
-            raise ValueError(
-                "pair_weights must be None with loss_type 'aot' and 'aot_unpaired': they sort the "
-                "batch, so that no term belongs to one pair."
-            )
+    dtype, shape, device = chosen.dtype, chosen.shape, chosen.device
+    for name, tensor in (
+        ("rejected_logps", rejected),
+        ("ref_chosen_logps", ref_chosen),
+        ("ref_rejected_logps", ref_rejected),
+        ("pair_weights", pair_weights),
+    ):
+        if tensor is None and name != "rejected_logps":
+            continue
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.dtype is not dtype
+            or tensor.shape != shape
+            or tensor.device != device
+        ):
+            check_vector(name, tensor, chosen)
+    if pair_weights is not None and plan.sorted_bits:
+        raise ValueError(
+            "pair_weights must be None with loss_type 'aot' and 'aot_unpaired': they sort the "
+            "batch, so that no term belongs to one pair."
+        )
     if chosen_nll is not None:
         if isinstance(chosen_nll, Tensor) and chosen_nll.dim() == 0:
             check_like("chosen_nll", chosen_nll, chosen)
@@ -302,7 +315,7 @@ def _check_lengths(name: str, lengths: Tensor | None, chosen: Tensor) -> None:
     _check_shape_and_device(name, lengths, chosen)
 
 
-def check_vector(name: str, tensor: Tensor, like: Tensor | None) -> None:
+def check_vector(name: str, tensor: Tensor | None, like: Tensor | None) -> None:
     """[B] of fp32 or fp64; with `like`, its length, dtype and device, too."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, int64
 
 from . import _load, reference
@@ -15,7 +16,7 @@ from .reference.losses import UNPAIRED, pair_plan
 from .reference.paired import PAIRED
 
 if TYPE_CHECKING or _load.native("cpu"):
-    from .ops_loss import run_pairs, run_unpaired
+    from .ops_loss import has_empty, run_pairs, run_unpaired
 
 __all__ = ["LossType", "loss_types", "preference_loss", "unpaired_loss"]
 
@@ -171,8 +172,7 @@ def preference_loss(
         simpo_gamma,
         alpha,
     )
-    check_pair_tensors(
-        plan,
+    tensors = (
         chosen_logps,
         rejected_logps,
         ref_chosen_logps,
@@ -181,8 +181,8 @@ def preference_loss(
         rejected_lengths,
         chosen_nll,
         pair_weights,
-        reduction,
     )
+    check_pair_tensors(plan, *tensors, reduction)
     device = chosen_logps.device.type
     if not _load.native(device):
         _load.warn_fallback(device)
@@ -215,9 +215,11 @@ def preference_loss(
     if not plan.needs_lengths:
         chosen_lengths = rejected_lengths = None
     elif chosen_lengths is not None and rejected_lengths is not None:
-        warn_empty_completions(chosen_lengths, rejected_lengths)
-        chosen_lengths, rejected_lengths = chosen_lengths.to(int64), rejected_lengths.to(int64)
-    loss, losses, *rest = run_pairs(
+        if chosen_lengths.dtype is not int64 or rejected_lengths.dtype is not int64:
+            chosen_lengths, rejected_lengths = chosen_lengths.to(int64), rejected_lengths.to(int64)
+        if not torch.compiler.is_compiling() and has_empty(chosen_lengths, rejected_lengths):
+            warn_empty_completions(chosen_lengths, rejected_lengths)
+    out = run_pairs(
         (
             chosen_logps,
             rejected_logps,
@@ -231,7 +233,7 @@ def preference_loss(
         plan,
         _REDUCTION_CODES[reduction],
     )
-    return PreferenceLoss(losses if reduction == "none" else loss, losses, *rest)
+    return PreferenceLoss(out[1] if reduction == "none" else out[0], *out[1:])
 
 
 def unpaired_loss(

@@ -19,6 +19,8 @@ from .ops import _register_fake
 _ops = torch.ops.fusedpo
 _BITS = (1, 2, 4, 8, 16)  # chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, nll
 _LOGPS = 15
+# needs -> which of the five inputs
+_POSITIONS = [[i for i, bit in enumerate(_BITS) if needs & bit] for needs in range(32)]
 
 
 def _needs(*tensors: Tensor | None) -> int:
@@ -187,56 +189,55 @@ torch.library.register_autograd("fusedpo::loss_backward", _refuse_second_derivat
 
 
 class _Attach(torch.autograd.Function):
-    """Gives `loss` and `losses` their gradients; the inputs are the tensors that need one."""
+    """Gives loss and losses, the first two of `results`, their gradients for `inputs`.
+
+    `saved` are the arguments of loss_backward, and the positions of `inputs` among its results.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, losses: Tensor, saved: tuple[Any, ...], *inputs: Tensor | None
+        ctx: Any, results: tuple[Any, ...], saved: tuple[Any, ...], *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.saved, ctx.inputs = saved, inputs
         ctx.set_materialize_grads(False)
-        return loss, losses
+        return results[0], results[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *arguments, positions = ctx.saved
         if grads[0] is None and grads[1] is None:
-            return (None,) * 8
+            return (None,) * (2 + len(positions))
         with torch._C._AutoDispatchBelowAutograd():
-            scaled = _ops.loss_backward.default(*grads, *ctx.saved)
-        return None, None, None, *_guarded(scaled, ctx.inputs)
+            scaled = _loss_backward(*grads, *arguments)
+        wanted = tuple([scaled[i] for i in positions])
+        return None, None, *_guarded(wanted, ctx.inputs)
 
 
 _attach: Any = _Attach.apply
+has_empty = _ops.has_empty_completion.default
+_preference_loss = _ops.preference_loss.default
+_unpaired_loss = _ops.unpaired_loss.default
+_loss_backward = _ops.loss_backward.default
 
 
 def run_pairs(
     tensors: tuple[Tensor | None, ...], plan: Any, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Call the operator; `tensors` are its tensor arguments and `plan` a checked PairPlan."""
-    chosen, rejected, ref_chosen, ref_rejected, _, _, nll, _ = tensors
-    needs = _needs(chosen, rejected, ref_chosen, ref_rejected, nll)
-    options = (
-        plan.codes,
-        plan.weights,
-        plan.nll_weights,
-        plan.beta,
-        plan.label_smoothing,
-        plan.f_divergence,
-        plan.f_alpha,
-        plan.discopop_tau,
-        plan.simpo_gamma,
-        plan.alpha,
-        reduction,
-        needs,
-    )
-    if needs == 0 or torch.compiler.is_compiling():
-        return _ops.preference_loss.default(*tensors, *options)[:6]  # type: ignore[no-any-return]
+    sources = (*tensors[:4], tensors[6])
+    needs = _needs(*sources)
+    options = (*plan.operator_options, reduction, needs)
+    if torch.compiler.is_compiling():
+        return _preference_loss(*tensors, *options)[:6]  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        loss, losses, *rest, gradients, order = _ops.preference_loss.default(*tensors, *options)
+        results = _preference_loss(*tensors, *options)
+    if needs == 0:
+        return results[:6]  # type: ignore[no-any-return]
+    nll = tensors[6]
+    positions = _POSITIONS[needs]
     one_nll = nll is not None and nll.dim() == 0
-    saved = (gradients, order, needs, plan.sorted_bits, reduction, one_nll)
-    loss, losses = _attach(loss, losses, saved, chosen, rejected, ref_chosen, ref_rejected, nll)
-    return loss, losses, *rest
+    saved = (*results[6:], needs, plan.sorted_bits, reduction, one_nll, positions)
+    return *_attach(results, saved, *[sources[i] for i in positions]), *results[2:6]
 
 
 def run_unpaired(
@@ -248,12 +249,15 @@ def run_unpaired(
     reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call the operator; `options` are its arguments from `loss` to `undesirable_weight`."""
-    needs = _needs(logps, None, ref_logps, None, None)
+    sources = (logps, None, ref_logps, None, None)
+    needs = _needs(*sources)
     call = (logps, ref_logps, labels, shift_value, *options, reduction, needs)
-    if needs == 0 or torch.compiler.is_compiling():
-        return _ops.unpaired_loss.default(*call)[:3]  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        return _unpaired_loss(*call)[:3]  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        loss, losses, rewards, gradients = _ops.unpaired_loss.default(*call)
-    saved = (gradients, None, needs, 0, reduction, False)
-    loss, losses = _attach(loss, losses, saved, logps, None, ref_logps, None, None)
-    return loss, losses, rewards
+        results = _unpaired_loss(*call)
+    if needs == 0:
+        return results[:3]  # type: ignore[no-any-return]
+    positions = _POSITIONS[needs]
+    saved = (results[3], None, needs, 0, reduction, False, positions)
+    return *_attach(results, saved, *[sources[i] for i in positions]), results[2]

@@ -420,10 +420,9 @@ def operator_arguments(name, needs, pairs=4, dtype=torch.float32):
         others["rejected_lengths"],
         others["chosen_nll"],
         None,
-        plan.codes,
-        plan.weights,
-        plan.nll_weights,
-        *(0.1, plan.label_smoothing, 0, 0.5, 0.05, 0.5, 0.0, 0, needs),
+        *plan.operator_options,
+        0,
+        needs,
     )
 
 
@@ -444,6 +443,17 @@ def test_opcheck_of_unpaired_loss(shift):
     labels = torch.tensor([True, False, True, True])
     call = (*logps[:2], labels, shift, 0, 0.1, 0.2, 1.0, 1.5, 0, 5)
     torch.library.opcheck(torch.ops.fusedpo.unpaired_loss, call)
+
+
+@needs_native
+def test_empty_completions_are_found_in_either_side():
+    has_empty, one, none = torch.ops.fusedpo.has_empty_completion, torch.ones(3), torch.zeros(3)
+    one, none = one.long(), none.long()
+    assert not has_empty(one, one)
+    assert has_empty(one, none)
+    assert has_empty(none, one)
+    assert not has_empty(one[:0], one[:0])
+    assert not has_empty(torch.tensor([1, 0, 2, 0])[::2], torch.tensor([1, 2]))
 
 
 @needs_native

@@ -168,7 +168,7 @@ def warn_empty_completions(*lengths: Tensor, stacklevel: int = 3) -> None:
     # the lengths to look at.
     if torch.compiler.is_compiling() or lengths[0].device.type != "cpu":
         return
-    if any(bool((each == 0).any()) for each in lengths):
+    if not all(bool(each.all()) for each in lengths):
         warnings.warn(
             "fusedpo: a completion has no token to score; its log-probability is 0. "
             "Was it cut off by max_length?",
