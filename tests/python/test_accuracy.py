@@ -102,7 +102,7 @@ def differentiate(out, leaves: list[Tensor], c: tuple[Tensor, Tensor], entropy: 
     return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
 
-# ---- exact values of float64 inputs, in long double --------------------------------------------
+# ---- exact values of float64 inputs, in long double ---------------------------------------------
 
 
 def exact_from_z(z: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,7 +128,7 @@ def long(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy().astype(np.longdouble)
 
 
-# ---- token_logps -------------------------------------------------------------------------------
+# ---- token_logps --------------------------------------------------------------------------------
 
 
 def plain_token_logps(logits: Tensor, labels: Tensor, temperature: float) -> reference.TokenLogps:
@@ -232,7 +232,7 @@ def test_a_target_50_nats_below_the_maximum_is_as_exact_as_any(dtype, vocabulary
             assert squares["ours"] ** 0.5 <= COIN_TOSS * squares["wide"] ** 0.5, name
 
 
-# ---- linear_token_logps ------------------------------------------------------------------------
+# ---- linear_token_logps -------------------------------------------------------------------------
 
 
 class Problem(NamedTuple):
@@ -375,7 +375,7 @@ def test_a_target_50_nats_below_the_maximum_is_as_exact_behind_a_head(dtype, voc
     errors.check(f"{vocabulary} {dtype}")
 
 
-# ---- no rows -----------------------------------------------------------------------------------
+# ---- no rows ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

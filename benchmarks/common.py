@@ -1,0 +1,140 @@
+"""What every benchmark shares: the environment it ran in, interleaved timing, and writing JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# The CPU features that decide which kernels and which GEMMs run.
+FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16")
+PACKAGES = ("torch", "numpy", "trl", "transformers", "fusedpo")
+
+
+def _cpu_info() -> dict[str, str]:
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    first = text.split("\n\n")[0]
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.split("\n"))}
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _git(*arguments: str) -> str | None:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def _operators() -> Any:
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return json.loads(torch.ops.fusedpo.cpu_info())
+    return None
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit; no host or user name."""
+    cpu = _cpu_info()
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
+        "cpu_family_model": [cpu.get("cpu family"), cpu.get("model")],
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fusedpo_operators": _operators(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+    }
+
+
+def device_name(env: dict[str, Any]) -> str:
+    """A folder name for this machine's results: CPU, number of cores, widest vector extension."""
+    widest = next(
+        (f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in env["flags"]), ""
+    )
+    text = f"{env['cpu']} {env['cpus']} cores {widest}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleave(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Times every call once per round, after one untimed round, so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds_of(call))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    return {
+        "median_s": statistics.median(values),
+        "min_s": min(values),
+        "max_s": max(values),
+        "rounds": len(values),
+    }
+
+
+def write(path: pathlib.Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+class PeakMemory:
+    """Bytes by which the resident memory of this process rose above its value at the start."""
+
+    def __enter__(self) -> PeakMemory:
+        # 5 resets the high-water mark to what is resident now (Linux).
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self._before = self._status("VmRSS")
+        self.extra_bytes = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.extra_bytes = self._status("VmHWM") - self._before
+
+    @staticmethod
+    def _status(field: str) -> int:
+        for line in pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"/proc/self/status has no {field}")
