@@ -14,13 +14,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import fusedpo
 import torch
 import torch.nn.functional as F
+from fusedpo import reference
 from torch import Tensor
 
-import fusedpo
 from benchmarks import common
-from fusedpo import reference
 
 BETA, EPS, TAU = 0.1, 0.1, 0.05
 LISTS: dict[str, tuple[list[str], list[float]]] = {

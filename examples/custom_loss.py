@@ -4,10 +4,9 @@ Here a margin that grows with the length difference. Fused log-probs are ordinar
 gradients, so nothing has to be registered. Run: python examples/custom_loss.py
 """
 
+import fusedpo
 import torch
 import torch.nn.functional as F
-
-import fusedpo
 
 
 def length_aware_loss(

@@ -1,8 +1,7 @@
 """DPO without any trainer. Run: python examples/hand_written_loop.py"""
 
-import torch
-
 import fusedpo
+import torch
 
 
 def train(steps: int = 30) -> list[float]:

@@ -1,4 +1,4 @@
-"""Losses against TRL's own code on identical batches: DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer.
+"""Losses against the code of TRL's DPO, KTO, CPO and ORPO trainers on identical batches.
 
 The policy is moved away from the reference first (every |r| > 0.1): where they are equal, most
 mistakes would give equal numbers.
@@ -15,7 +15,10 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
+import fusedpo
 from datasets import Dataset
+from fusedpo.trl import FusedDPOTrainer
+from fusedpo.trl.loss_options import loss_call
 from trl import DPOTrainer
 from trl_helpers import (
     make_config,
@@ -25,10 +28,6 @@ from trl_helpers import (
     one_thread,  # noqa: F401  a fixture
     train,
 )
-
-import fusedpo
-from fusedpo.trl import FusedDPOTrainer
-from fusedpo.trl.loss_options import loss_call
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WITH_F = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm")

@@ -171,6 +171,4 @@ def _labels(inputs: dict[str, Any]) -> Tensor:
 
 def _pair(log_probs: Tensor, inputs: dict[str, Any], ld_alpha: float | None) -> PairLogps:
     completion_mask = inputs["completion_mask"][:, 1:]
-    return pair_logps(
-        log_probs[:, -completion_mask.shape[1] :], completion_mask, ld_alpha=ld_alpha
-    )
+    return pair_logps(log_probs[:, -completion_mask.shape[1] :], completion_mask, ld_alpha=ld_alpha)
