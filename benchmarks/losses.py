@@ -101,31 +101,31 @@ def plain(b: Batch, names: list[str], weights: list[float]) -> tuple[Tensor, ...
     return loss, rewards_c, rewards_r, rewards_c - rewards_r, (rewards_c > rewards_r).float()
 
 
-def fused(module: Any, b: Batch, names: list[str], weights: list[float]) -> Any:
+def options_of(b: Batch, names: list[str], weights: list[float]) -> dict[str, Any]:
     smooths = {"robust", "aot", "exo_pair"} & set(names)
-    return module.preference_loss(
-        b.chosen,
-        b.rejected,
-        b.ref_chosen,
-        b.ref_rejected,
-        loss_type=names,
-        loss_weights=weights,
-        beta=BETA,
-        label_smoothing=EPS if smooths else 0.0,
-        chosen_lengths=b.chosen_lengths,
-        rejected_lengths=b.rejected_lengths,
-        chosen_nll=b.nll,
-    )
+    return {
+        "loss_type": names,
+        "loss_weights": weights,
+        "beta": BETA,
+        "label_smoothing": EPS if smooths else 0.0,
+        "chosen_lengths": b.chosen_lengths,
+        "rejected_lengths": b.rejected_lengths,
+        "chosen_nll": b.nll,
+    }
+
+
+def fused(module: Any, b: Batch, options: dict[str, Any]) -> Any:
+    return module.preference_loss(b.chosen, b.rejected, b.ref_chosen, b.ref_rejected, **options)
 
 
 def verify(b: Batch, names: list[str], weights: list[float]) -> dict[str, float]:
     """Largest relative error of loss and gradients; the reference in float64 is exact."""
     exact = b.to(torch.float64)
-    want = fused(reference, exact, names, weights).loss
+    want = fused(reference, exact, options_of(exact, names, weights)).loss
     want_grads = torch.autograd.grad(want, exact.leaves, allow_unused=True)
     errors = {}
     for name, loss in (
-        ("fusedpo", fused(fusedpo, b, names, weights).loss),
+        ("fusedpo", fused(fusedpo, b, options_of(b, names, weights)).loss),
         ("plain torch", plain(b, names, weights)[0]),
     ):
         grads = torch.autograd.grad(loss, b.leaves, allow_unused=True)
@@ -153,6 +153,7 @@ def run_list(name: str, pairs: int, rounds: int) -> dict[str, Any]:
     names, weights = LISTS[name]
     b = Batch(pairs, torch.float32)
     errors = verify(b, names, weights)
+    options = options_of(b, names, weights)
     leaves = b.leaves if "sft" in names else b.leaves[:2]
 
     def floor() -> Tensor:
@@ -163,8 +164,8 @@ def run_list(name: str, pairs: int, rounds: int) -> dict[str, Any]:
         {
             "floor": many(floor, leaves),
             "plain torch": many(lambda: plain(b, names, weights)[0], leaves),
-            "fusedpo": many(lambda: fused(fusedpo, b, names, weights).loss, leaves),
-            "reference": many(lambda: fused(reference, b, names, weights).loss, leaves),
+            "fusedpo": many(lambda: fused(fusedpo, b, options).loss, leaves),
+            "reference": many(lambda: fused(reference, b, options).loss, leaves),
         },
         rounds,
     )
@@ -192,12 +193,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=pathlib.Path, default=common.RESULTS / "cpu/losses.json")
+    parser.add_argument("--out", type=pathlib.Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)  # [B] numbers: there is nothing to share
     results = {name: run_list(name, options.pairs, options.rounds) for name in LISTS}
-    content = {"environment": common.environment(), "unit": "minimum of rounds", "lists": results}
-    common.write(options.output, content)
+    env = common.environment()
+    path = options.out or common.RESULTS / common.device_name(env) / "losses.json"
+    common.write(path, {"environment": env, "times": "minimum of rounds", "lists": results})
 
 
 if __name__ == "__main__":
