@@ -454,6 +454,7 @@ def test_empty_completions_are_found_in_either_side():
     assert has_empty(none, one)
     assert not has_empty(one[:0], one[:0])
     assert not has_empty(torch.tensor([1, 0, 2, 0])[::2], torch.tensor([1, 2]))
+    torch.library.opcheck(torch.ops.fusedpo.has_empty_completion, (one, one))
 
 
 @needs_native
