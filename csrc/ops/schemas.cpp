@@ -77,9 +77,10 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
   //   nll_weights    the factor of chosen_nll ([B] or 0-d) within each loss
   //   reduction      of `loss`: 0 mean, 1 sum; needs, bits: 1 chosen_logps, 2 rejected_logps,
   //                  4 ref_chosen_logps, 8 ref_rejected_logps, 16 chosen_nll
-  // gradients [saved]: a row [B], d losses[b] / d input[b], for every bit of needs; after them a row
-  // by sorted position for each loss that sorts the batch (aot, aot_unpaired), whose permutations
-  // are the rows of order [saved]. chosen_logps...: fp32 or fp64, and all results like them.
+  // gradients [saved]: a row [B], d losses[b] / d input[b], for every bit of needs; after them a
+  // row by sorted position for each loss that sorts the batch (aot, aot_unpaired), whose
+  // permutations are the rows of order [saved]. chosen_logps...: fp32 or fp64, and all results like
+  // them.
   m.def(
       "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
       " Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths,"
@@ -90,8 +91,8 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
       " Tensor margins, Tensor accuracies, Tensor? gradients, Tensor? order)");
 
   // One unpaired loss over [B] log-probs; labels are bool, true where desirable. shift is kto's kl
-  // or bco's delta; shift_value, one number on the device, takes its place. gradients as above, with
-  // the bits 1 logps and 4 ref_logps.
+  // or bco's delta; shift_value, one number on the device, takes its place. gradients as above,
+  // with the bits 1 logps and 4 ref_logps.
   m.def(
       "unpaired_loss(Tensor logps, Tensor ref_logps, Tensor labels, Tensor? shift_value, int loss,"
       " float beta, float shift, float desirable_weight, float undesirable_weight, int reduction,"
