@@ -46,11 +46,14 @@ FUSEDPO_HD static inline float to_float(bf16 value) {
   return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
 }
 
-// The exponent is moved by a multiplication, which also turns subnormal halves into normal floats.
+// The exponent is moved by a multiplication; subnormal halves are converted as the integers they
+// are, so that a processor told to flush subnormal floats keeps them.
 FUSEDPO_HD static inline float to_float(f16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const float finite = bits_to_float(magnitude << 13) * 0x1p112f;
+  const float normal = bits_to_float(magnitude << 13) * 0x1p112f;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  const float finite = magnitude < 0x400u ? subnormal : normal;
   const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
   return bits_to_float(float_to_bits(finite) | special | sign);
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -23,6 +24,12 @@ FUSEDPO_DECLARE_ISA(avx512)
 #endif
 
 RowResult finish_row(const RowStats& s, int64_t vocab) {
+  const double mean = s.sum / static_cast<double>(vocab);
+  const bool is_top1 = s.seen && !s.beaten;
+  if (!std::isfinite(s.max)) {  // nothing to normalise by: NaN, as in torch, in value and gradient
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    return {nan, nan, nan, mean, is_top1, s.max, nan, nan};
+  }
   const double target = std::exp(s.target - s.max);  // 1 when the label is the maximum
   const double sum = s.rest + target;
   const bool label_is_max = s.target == s.max;
@@ -34,8 +41,8 @@ RowResult finish_row(const RowStats& s, int64_t vocab) {
   const double log_sum_sq =
       label_is_max ? std::log1p(s.rest_sq) : std::log(s.rest_sq + target * target);
   r.log_sum_sq_probs = log_sum_sq - 2.0 * r.log_sum;
-  r.mean_logits = s.sum / static_cast<double>(vocab);
-  r.is_top1 = s.seen && !s.beaten;
+  r.mean_logits = mean;
+  r.is_top1 = is_top1;
   r.max = s.max;
   r.rest_share = s.rest / sum;
   return r;
@@ -62,7 +69,7 @@ const RowKernels* row_kernels(const char* name) {
 const RowKernels& row_kernels() {
   static const RowKernels* const best = [] {
     const char* wanted = std::getenv("FUSEDPO_CPU_ISA");
-    if (wanted != nullptr) {
+    if (wanted != nullptr && *wanted != '\0') {
       if (const RowKernels* kernels = row_kernels(wanted)) return kernels;
       throw std::runtime_error(std::string("FUSEDPO_CPU_ISA must be generic, avx2 or avx512, and "
                                            "built for and supported by this processor; got ") +

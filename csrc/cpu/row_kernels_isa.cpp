@@ -13,19 +13,21 @@ namespace FUSEDPO_ISA {
 // z = cap * tanh(inner * (x + bias)), or inner * (x + bias) without softcap.
 template <typename C>
 struct Folded {
+  bool capped;
   C inner, cap, slope;  // slope = scale / temperature: d z / d x where tanh' = 1
 
   explicit Folded(const LogitTransform& t)
-      : inner(static_cast<C>(t.softcap > 0 ? t.scale / t.softcap : t.scale / t.temperature)),
+      : capped(t.softcap > 0),
+        inner(static_cast<C>(t.softcap > 0 ? t.scale / t.softcap : t.scale / t.temperature)),
         cap(static_cast<C>(t.softcap > 0 ? t.softcap / t.temperature : 0)),
         slope(static_cast<C>(t.scale / t.temperature)) {}
 
-  C operator()(C x) const { return cap > 0 ? cap * tanh_of(inner * x) : inner * x; }
+  C operator()(C x) const { return capped ? cap * tanh_of(inner * x) : inner * x; }
 
   // d z / d x over `slope`: 1 - tanh^2.
   C relative_slope(C z) const {
     const C t = z / cap;
-    return cap > 0 ? (1 - t) * (1 + t) : C(1);
+    return capped ? (1 - t) * (1 + t) : C(1);
   }
 };
 
@@ -39,7 +41,7 @@ static void load_logits(const X* x, const C* bias, int64_t n, const Folded<C>& f
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) z[i] = inner * load<C>(x[i]);
   }
-  if (cap > 0) {
+  if (f.capped) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) z[i] = cap * tanh_of(z[i]);
   }
@@ -75,7 +77,8 @@ static double accumulate_as(const Segment& segment, const LogitTransform& transf
   if (has_label) {
     s->seen = true;
     s->compared = static_cast<double>(z[y]);
-    s->beaten = !(s->compared > max && z[y] > before);
+    // Nothing stands before the first value: there even -inf, or NaN as in torch, is a maximum.
+    s->beaten = (s->count > 0 && !(s->compared > max)) || (y > 0 && !(z[y] > before));
     const C b = bias == nullptr ? C(0) : bias[y];
     const C target = exact_target == nullptr ? z[y] : f(static_cast<C>(*exact_target) + b);
     s->target = static_cast<double>(target);
@@ -84,6 +87,7 @@ static double accumulate_as(const Segment& segment, const LogitTransform& transf
     max = s->target > max ? s->target : max;
   }
   s->beaten = s->beaten || (s->seen && static_cast<double>(after) > s->compared);
+  s->count += n;
   max = static_cast<double>(before) > max ? static_cast<double>(before) : max;
   max = static_cast<double>(after) > max ? static_cast<double>(after) : max;
 
@@ -109,7 +113,7 @@ static double accumulate_as(const Segment& segment, const LogitTransform& transf
     }
   }
   if (e != nullptr) {
-    if (f.cap > 0) {
+    if (f.capped) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) exp_z[i] *= f.relative_slope(z[i]);
       if (has_label) exp_z[y] = 0;
@@ -144,11 +148,16 @@ static void gradient_as(const Segment& segment, const LogitTransform& transform,
     }
   }
   if (y >= 0 && y < n) {
-    // The entropy's part at the label is in grad[y]; the log-prob's is formed from 1 - p_y.
-    const C p = exp_nonpositive((z[y] - m) - log_s);
-    grad[y] = (grad[y] - c_logp * p) - c_logp * static_cast<C>(row.rest_share);
+    // Not p_y - 1: a difference, even one that a fused multiply-add rounds once, would cancel.
+    const C logp = (z[y] - m) - log_s, floor = exp_floor(C(0));
+    const C c_entropy = static_cast<C>(-row.grad_entropy) * f.slope;
+    const C of_entropy = row.grad_entropy == 0.0
+                             ? C(0)
+                             : exp_nonpositive(logp) * c_entropy *
+                                   ((logp < floor ? floor : logp) + static_cast<C>(row.entropy));
+    grad[y] = of_entropy - c_logp * static_cast<C>(row.rest_share);
   }
-  if (f.cap > 0) {
+  if (f.capped) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) grad[i] *= f.relative_slope(z[i]);
   }
@@ -171,7 +180,7 @@ static void gradient(DType compute, const Segment& segment, const LogitTransform
 
 static void convert(DType from, const void* x, DType through, DType to, void* out, int64_t n) {
   if (from == DType::f64) return store_as(static_cast<const double*>(x), out, to, n);
-  const int64_t out_size = to == DType::f32 ? 4 : 2;
+  const int64_t out_size = to == DType::f64 ? 8 : to == DType::f32 ? 4 : 2;
   float buffer[1024];
   bf16 rounded_bf16[1024];
   f16 rounded_f16[1024];

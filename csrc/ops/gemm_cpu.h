@@ -14,7 +14,7 @@ namespace fusedpo {
 inline bool native_bf16_gemm() {
   static const bool native = [] {
     const char* wanted = std::getenv("FUSEDPO_BF16_GEMM");
-    if (wanted != nullptr) {
+    if (wanted != nullptr && *wanted != '\0') {
       const std::string route(wanted);
       STD_TORCH_CHECK(route == "native" || route == "widened",
                       "FUSEDPO_BF16_GEMM must be native or widened; got ", route);

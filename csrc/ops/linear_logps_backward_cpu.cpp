@@ -9,14 +9,14 @@
 // the label's entry, c k (1 - p_y), is added to the one row of dW it belongs to. Other rows form D
 // from their logits again: one more GEMM. Sums over rows run in the result type, in one GEMM per
 // tile over all kept rows.
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "ops/linear_problem.h"
 
 namespace fusedpo {
 namespace {
-
-enum Needs : int64_t { kHidden = 1, kWeight = 2, kBias = 4, kLoraHidden = 8, kLoraWeight = 16 };
 
 // dW, dB or d bias: out [V, C] += D^T right, right [n, C].
 struct VocabGradient {
@@ -55,6 +55,11 @@ class Backward {
       row.entropy = e == nullptr ? 0.0 : value_at(e, p_.result, t);
       slopes_[static_cast<size_t>(i)] = value_at(s, p_.result, 4 * i + 3);
     }
+    by_label_.resize(static_cast<size_t>(stored_));
+    std::iota(by_label_.begin(), by_label_.end(), int64_t{0});
+    std::stable_sort(by_label_.begin(), by_label_.end(), [&](int64_t a, int64_t b) {
+      return p_.kept.label[static_cast<size_t>(a)] < p_.kept.label[static_cast<size_t>(b)];
+    });
   }
 
   // A gradient on the vocabulary's side; its tiles of out are complete once run() returns.
@@ -86,7 +91,7 @@ class Backward {
     bool widens = false;
     for (const VocabGradient& g : vocab_gradients_) widens |= !g.in_gemm_type;
     if (stored_ > 0 && p_.compute != p_.result && widens) {
-      e_ = empty_as(p_.x, {stored_ * p_.tile_width}, p_.result);
+      e_ = empty_as(p_.x, {p_.block * p_.tile_width}, p_.result);
     }
     for (int64_t tile = 0; tile < p_.tiles; ++tile) {
       begin_ = tile * p_.tile_width;
@@ -125,48 +130,65 @@ class Backward {
     Tensor e = torch::stable::view(*kept_, {kept_->numel()});
     e = narrowed(e, kept_stride_ * begin_, stored_ * columns_);
     e = torch::stable::view(e, {stored_, columns_});
-    Tensor wide = e;
-    if (e_.defined()) {
-      wide = matrix(e_, stored_, columns_);
-      convert_rows(e, p_.result, wide);
+    // Widened block by block, or all rows in one product.
+    const int64_t step = e_.defined() ? p_.block : stored_;
+    for (int64_t begin = 0; begin < stored_; begin += step) {
+      const int64_t rows = std::min(step, stored_ - begin);
+      const Tensor part = narrowed(e, begin, rows);
+      Tensor wide = part;
+      if (e_.defined()) {
+        wide = matrix(e_, rows, columns_);
+        convert_rows(part, p_.result, wide);
+      }
+      for (VocabGradient& g : vocab_gradients_) {
+        add_to(g, g.in_gemm_type ? part : wide, scaled_right(g, tile, begin, rows));
+      }
     }
-    const void* anchors = anchors_->const_data_ptr();
-    const RowKernels& kernels = row_kernels();
-    for (VocabGradient& g : vocab_gradients_) {
-      const int64_t cols = g.right.size(1);
-      const Tensor scaled = matrix(g.scratch_right, stored_, cols);
-      const DType right_type = dtype_of(scaled);
-      const Rows from(g.right), to(scaled);
-      torch::stable::parallel_for(0, stored_, row_grain(cols), [&](int64_t a, int64_t b) {
-        for (int64_t i = a; i < b; ++i) {
-          const RowGradient& row = rows_[static_cast<size_t>(i)];
-          const double anchor = value_at(anchors, p_.result, i * p_.tiles + tile);
-          // A tile of masked logits only has no anchor and no mass.
-          const double share = anchor == -INFINITY ? 0.0 : std::exp(anchor - row.max - row.log_sum);
-          kernels.scale(p_.result, -row.grad_logp * k_ * share, from.row(i), to.row(i), right_type,
-                        cols);
-        }
-      });
-      add_to(g, g.in_gemm_type ? e : wide, scaled);
-      add_labels(g);
-    }
+    for (const VocabGradient& g : vocab_gradients_) add_labels(g);
   }
 
-  // The labels' entries of D, each times its row of `right`, to this tile of out.
+  // diag(f) right for rows [begin, begin + rows) of a tile.
+  Tensor scaled_right(const VocabGradient& g, int64_t tile, int64_t begin, int64_t rows) const {
+    const int64_t cols = g.right.size(1);
+    const Tensor scaled = matrix(g.scratch_right, rows, cols);
+    const DType type = dtype_of(scaled);
+    const Rows from(g.right), to(scaled);
+    const void* anchors = anchors_->const_data_ptr();
+    const RowKernels& kernels = row_kernels();
+    torch::stable::parallel_for(0, rows, row_grain(cols), [&](int64_t a, int64_t b) {
+      for (int64_t r = a; r < b; ++r) {
+        const int64_t i = begin + r;
+        const RowGradient& row = rows_[static_cast<size_t>(i)];
+        const double anchor = value_at(anchors, p_.result, i * p_.tiles + tile);
+        // A tile of masked logits only has no anchor and no mass.
+        const double share = anchor == -INFINITY ? 0.0 : std::exp(anchor - row.max - row.log_sum);
+        kernels.scale(p_.result, -row.grad_logp * k_ * share, from.row(i), to.row(r), type, cols);
+      }
+    });
+    return scaled;
+  }
+
+  // The labels' entries of D, each times its row of `right`, to this tile of out. All rows of one
+  // label are summed before the sum is rounded to out's type.
   void add_labels(const VocabGradient& g) const {
     const RowKernels& kernels = row_kernels();
     const Tensor tile = tile_out(g);
     const DType type = dtype_of(tile);
     const Rows out(tile), from(g.right);
+    const auto label_of = [&](int64_t i) { return p_.kept.label[static_cast<size_t>(i)]; };
+    auto i = std::lower_bound(by_label_.begin(), by_label_.end(), begin_,
+                              [&](int64_t row, int64_t label) { return label_of(row) < label; });
     std::vector<double> sum(static_cast<size_t>(out.cols()));  // a row in fp32 or fp64
-    for (int64_t i = 0; i < stored_; ++i) {
-      const int64_t label = p_.kept.label[static_cast<size_t>(i)] - begin_;
-      if (label < 0 || label >= columns_) continue;
-      const RowGradient& row = rows_[static_cast<size_t>(i)];
-      const double d = row.grad_logp * k_ * row.rest_share * slopes_[static_cast<size_t>(i)];
-      kernels.convert(type, out.row(label), p_.result, p_.result, sum.data(), out.cols());
-      kernels.scale_add(p_.result, 1.0, sum.data(), d, from.row(i), p_.result, out.cols());
-      kernels.convert(p_.result, sum.data(), p_.result, type, out.row(label), out.cols());
+    while (i != by_label_.end() && label_of(*i) < begin_ + columns_) {
+      const int64_t label = label_of(*i);
+      void* row_out = out.row(label - begin_);
+      kernels.convert(type, row_out, p_.result, p_.result, sum.data(), out.cols());
+      for (; i != by_label_.end() && label_of(*i) == label; ++i) {
+        const RowGradient& row = rows_[static_cast<size_t>(*i)];
+        const double d = row.grad_logp * k_ * row.rest_share * slopes_[static_cast<size_t>(*i)];
+        kernels.scale_add(p_.result, 1.0, sum.data(), d, from.row(*i), p_.result, out.cols());
+      }
+      kernels.convert(p_.result, sum.data(), p_.result, type, row_out, out.cols());
     }
   }
 
@@ -208,7 +230,8 @@ class Backward {
   const int64_t stored_;       // scored rows read from kept_
   const int64_t kept_stride_;  // rows of one of kept_'s tiles
   std::vector<RowGradient> rows_;
-  std::vector<double> slopes_;  // 1 - tanh^2 at the label
+  std::vector<double> slopes_;     // 1 - tanh^2 at the label
+  std::vector<int64_t> by_label_;  // the stored rows in the order of their labels
   std::vector<VocabGradient> vocab_gradients_;
   Tensor hidden_total_, lora_total_, hidden_product_, lora_product_;
   Tensor z_, d_, e_;
@@ -238,8 +261,14 @@ Result linear_token_logps_backward(
     ScalarType compute_dtype, int64_t vocab_tile, int64_t needs) {
   LinearProblem p(hidden, weight, bias, lora_hidden, lora_weight, labels, ignore_index,
                   {logit_scale, softcap, temperature}, dtype_of(compute_dtype), vocab_tile);
-  Backward backward(p, dense_gradient(grad_logps), dense_gradient(grad_entropy), entropy, stats,
-                    kept, anchors);
+  const int64_t n = labels.numel();
+  check_saved(stats, n, 4, p.result, "stats");
+  if (kept) {
+    check_saved(*kept, std::min(kept->size(0), n), p.vocab, p.compute, "kept");
+    check_saved(anchors.value(), kept->size(0), p.tiles, p.result, "anchors");
+  }
+  Backward backward(p, dense_gradient(grad_logps, labels, p.result),
+                    dense_gradient(grad_entropy, labels, p.result), entropy, stats, kept, anchors);
   OptionalTensor d_hidden, d_weight, d_bias, d_lora_hidden, d_lora_weight;
   const auto vocab_gradient = [&](const Tensor& right_in, const Tensor& like) {
     Tensor right = right_in;

@@ -72,7 +72,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
                           const OptionalTensor& lora_hidden, const OptionalTensor& lora_weight,
                           const Tensor& labels, int64_t ignore_index, double temperature,
                           double softcap, double logit_scale, int64_t metric_bits,
-                          ScalarType compute_dtype, int64_t vocab_tile, bool want_grad,
+                          ScalarType compute_dtype, int64_t vocab_tile, int64_t want_grads,
                           int64_t keep_rows_at_most) {
   LinearProblem p(hidden, weight, bias, lora_hidden, lora_weight, labels, ignore_index,
                   {logit_scale, softcap, temperature}, dtype_of(compute_dtype), vocab_tile);
@@ -86,8 +86,9 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
   RowOutputs out(hidden, labels, p.result, metrics);
   Tensor stats = zeros_as(hidden, {rows_in_all, 4}, p.result);
   std::optional<UnitGradient> unit, lora_unit;
-  if (want_grad) unit.emplace(p, rows_in_all, hidden.size(hidden.dim() - 1));
-  if (want_grad && lora_weight) lora_unit.emplace(p, rows_in_all, lora_weight->size(1));
+  if (want_grads & kHidden) unit.emplace(p, rows_in_all, hidden.size(hidden.dim() - 1));
+  if ((want_grads & kLoraHidden) && lora_weight)
+    lora_unit.emplace(p, rows_in_all, lora_weight->size(1));
   OptionalTensor kept, anchors;
   if (keep_rows_at_most > 0) {
     kept = empty_as(hidden, {keep_rows, p.vocab}, p.compute);
@@ -112,7 +113,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
           const bool keeps = i < stored, has_label = label >= 0 && label < operands.n;
           double exact = 0.0;
           if (exact_targets && has_label) exact = exact_logit(p, operands, i, label);
-          void* e = want_grad || keeps ? z_rows.row(r) : nullptr;
+          void* e = unit || lora_unit || keeps ? z_rows.row(r) : nullptr;
           RowStats& s = row_stats[static_cast<size_t>(i)];
           const Segment segment{z_rows.row(r), p.gemm, operands.bias_data(), operands.n, label};
           const double factor =
@@ -172,9 +173,10 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
 Tensor linear_token_logps_backward_hidden(const Tensor& grad_logps_in, const Tensor& unit_grad,
                                           const Tensor& labels, int64_t ignore_index,
                                           ScalarType dtype) {
-  const Tensor grad_logps = torch::stable::contiguous(grad_logps_in);
   const DType result = dtype_of(unit_grad), type = dtype_of(dtype);
   const int64_t cols = unit_grad.size(1);
+  check_saved(unit_grad, labels.numel(), cols, result, "unit_grad");
+  const Tensor grad_logps = *dense_gradient(grad_logps_in, labels, result);
   std::vector<int64_t> shape = sizes_of(labels);
   shape.push_back(cols);
   const Tensor out = zeros_as(unit_grad, shape, type);

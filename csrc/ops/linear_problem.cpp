@@ -6,6 +6,12 @@ namespace {
 constexpr int64_t kBlockValues = int64_t{1} << 20;  // logits of one block's tile
 constexpr int64_t kSmallestBlock = 128;             // rows below which a GEMM loses speed
 
+int64_t checked_tile(int64_t vocab_tile) {
+  STD_TORCH_CHECK(vocab_tile >= 1 && vocab_tile <= kMaxSegment, "vocab_tile must be in [1, ",
+                  kMaxSegment, "]; got ", vocab_tile);
+  return vocab_tile;
+}
+
 int64_t rows_per_block(int64_t n, int64_t vocab_tile) {
   const int64_t most = std::max(kSmallestBlock, kBlockValues / vocab_tile);
   const int64_t blocks = std::max<int64_t>(1, (n + most - 1) / most);
@@ -38,17 +44,21 @@ LinearProblem::LinearProblem(const Tensor& hidden, const Tensor& weight, const O
       kept(kept_rows(labels, weight.size(0), ignore_index)),
       n(kept.count()),
       vocab(weight.size(0)),
-      tile_width(vocab_tile),
-      tiles((vocab + vocab_tile - 1) / vocab_tile),
-      block(rows_per_block(n, vocab_tile)),
-      weight_(with_dense_rows(weight)),
+      tile_width(checked_tile(vocab_tile)),
+      tiles((vocab + tile_width - 1) / tile_width),
+      block(rows_per_block(n, tile_width)),
+      weight_(weight),
       bias_(bias),
-      lora_weight_(lora_weight ? OptionalTensor(with_dense_rows(*lora_weight)) : std::nullopt) {
+      lora_weight_(lora_weight) {
   check_rows(hidden, labels, "hidden");
-  STD_TORCH_CHECK(vocab_tile >= 1 && vocab_tile <= kMaxSegment, "vocab_tile must be in [1, ",
-                  kMaxSegment, "]; got ", vocab_tile);
   STD_TORCH_CHECK(lora_hidden.has_value() == lora_weight.has_value(),
                   "lora_hidden and lora_weight go together");
+  const auto fits = [&](const Tensor& t) {
+    return (dtype_of(t) == DType::f64) == (compute == DType::f64);
+  };
+  STD_TORCH_CHECK(fits(hidden) && fits(weight) && (!bias || fits(*bias)) &&
+                      (!lora_hidden || (fits(*lora_hidden) && fits(*lora_weight))),
+                  "float64 operands are computed in float64, and no others are");
   x = gather(hidden);
   if (lora_hidden) u = gather(*lora_hidden);
 }
@@ -72,7 +82,7 @@ Tensor LinearProblem::gather(const Tensor& source_in) const {
 
 Tensor LinearProblem::tile_of(const Tensor& source, int64_t begin, int64_t columns, DType type,
                               Tensor& scratch) const {
-  const Tensor tile = narrowed(source, begin, columns);
+  const Tensor tile = with_dense_rows(narrowed(source, begin, columns));
   if (dtype_of(source) == compute && compute == type) return tile;  // nothing to round or widen
   if (!scratch.defined()) scratch = empty_as(source, {tile_width * source.size(1)}, type);
   const Tensor out = matrix(scratch, columns, source.size(1));
@@ -120,9 +130,14 @@ void LinearProblem::add_product(const Tensor& sum, const Tensor& scratch, const 
 
 void LinearProblem::weight_row_of(const Tensor& weight, int64_t label, void* out) const {
   const DType type = dtype_of(weight);
+  const int64_t cols = weight.size(1), item = size_of(type), step = weight.stride(1);
   const char* row =
-      static_cast<const char*>(weight.const_data_ptr()) + label * weight.stride(0) * size_of(type);
-  row_kernels().convert(type, row, compute, result, out, weight.size(1));
+      static_cast<const char*>(weight.const_data_ptr()) + label * weight.stride(0) * item;
+  if (step == 1) return row_kernels().convert(type, row, compute, result, out, cols);
+  for (int64_t j = 0; j < cols; ++j) {  // a transposed weight
+    char* to = static_cast<char*>(out) + j * size_of(result);
+    row_kernels().convert(type, row + j * step * item, compute, result, to, 1);
+  }
 }
 
 }  // namespace fusedpo

@@ -14,6 +14,9 @@
 
 namespace fusedpo {
 
+// The operators' arguments that have a gradient: bits of want_grads and needs.
+enum Gradient : int64_t { kHidden = 1, kWeight = 2, kBias = 4, kLoraHidden = 8, kLoraWeight = 16 };
+
 // Operands of one tile of the vocabulary, columns [begin, begin + n).
 struct VocabTile {
   int64_t begin, n;

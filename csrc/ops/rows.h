@@ -68,9 +68,10 @@ inline KeptRows kept_rows(const Tensor& labels_in, int64_t vocab, int64_t ignore
         position =
             std::to_string(rest % labels.size(d)) + (position.empty() ? "" : ", ") + position;
       }
-      STD_TORCH_CHECK(false, "labels must be in [0, ", vocab, ") or equal ignore_index (",
-                      ignore_index, "); got ", y[i], " at position (", position,
-                      labels.dim() == 1 ? ",)" : ")");
+      throw std::runtime_error("labels must be in [0, " + std::to_string(vocab) +
+                               ") or equal ignore_index (" + std::to_string(ignore_index) +
+                               "); got " + std::to_string(y[i]) + " at position (" + position +
+                               (labels.dim() == 1 ? ",)" : ")"));
     }
     kept.position.push_back(i);
     kept.label.push_back(y[i]);
@@ -89,9 +90,21 @@ inline void check_rows(const Tensor& rows, const Tensor& labels, const char* nam
   }
 }
 
-// An upstream gradient may be expanded or strided; null when autograd has none.
-inline OptionalTensor dense_gradient(const OptionalTensor& grad) {
-  return grad ? OptionalTensor(torch::stable::contiguous(*grad)) : std::nullopt;
+// An upstream gradient of `type`, one value per label; may be expanded or strided, and is absent
+// when autograd has none.
+inline OptionalTensor dense_gradient(const OptionalTensor& grad, const Tensor& labels, DType type) {
+  if (!grad) return std::nullopt;
+  STD_TORCH_CHECK(dtype_of(*grad) == type && grad->numel() == labels.numel(),
+                  "an upstream gradient must be shaped like labels ", shape_text(sizes_of(labels)),
+                  " and have the dtype of the log-probs");
+  return torch::stable::contiguous(*grad);
+}
+
+// What forward saved for backward.
+inline void check_saved(const Tensor& t, int64_t rows, int64_t cols, DType type, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols && dtype_of(t) == type &&
+                      t.is_contiguous(),
+                  name, " is not what forward returned");
 }
 
 }  // namespace fusedpo

@@ -35,12 +35,11 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
   // [V, r] the product is x W^T + u B^T. The arithmetic is that of F.linear in compute_dtype:
   // operands are rounded to it tile by tile, never as a whole.
   //   vocab_tile  vocabulary entries per GEMM
-  //   want_grad   whether d logp / d hidden (and d lora_hidden) is formed now, one more GEMM
-  //   keep_rows   how many scored rows' exp(z - anchor) may be kept for the gradients of weight,
-  //   bias
-  //               and lora_weight; later rows are recomputed. Not more than N are. (N itself is no
-  //               argument: a number that depends on it would be a new graph for every batch
-  //               shape.)
+  //   want_grads  bits, what is formed now by one more GEMM: 1 d logp / d hidden, 8 d logp / d
+  //               lora_hidden
+  //   keep_rows   at most how many scored rows' exp(z - anchor) are kept for the gradients of
+  //               weight, bias and lora_weight; later rows are recomputed. (Not the number itself:
+  //               it depends on N, and would be a new graph for every batch shape.)
   // stats [saved] [N, 4]: max z, log sum exp(z - max), 1 - p_label, 1 - tanh^2 at the label.
   // unit_grad [saved] [N, H], lora_unit_grad [N, r]: d logp / d hidden, fp32 (fp64).
   // kept [saved] [min(keep_rows, N), V] in compute_dtype: tile after tile, each [kept rows,
@@ -49,7 +48,7 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
   m.def(
       "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden,"
       " Tensor? lora_weight, Tensor labels, int ignore_index, float temperature, float softcap,"
-      " float logit_scale, int metrics, ScalarType compute_dtype, int vocab_tile, bool want_grad,"
+      " float logit_scale, int metrics, ScalarType compute_dtype, int vocab_tile, int want_grads,"
       " int keep_rows)"
       " -> (Tensor logps, Tensor? entropy, Tensor? log_sum_sq_probs, Tensor? mean_logits,"
       " Tensor? is_top1, Tensor stats, Tensor? unit_grad, Tensor? lora_unit_grad, Tensor? kept,"

@@ -57,8 +57,11 @@ void write_gradient(const OptionalTensor& grad_logps_in, const OptionalTensor& g
   const Rows in_rows(logits), out_rows(out);
   const int64_t vocab = in_rows.cols(), item = size_of(type);
   const KeptRows kept = kept_rows(labels, vocab, ignore_index);
-  const OptionalTensor grad_logps = dense_gradient(grad_logps_in);
-  const OptionalTensor grad_entropy = entropy ? dense_gradient(grad_entropy_in) : std::nullopt;
+  check_rows(logits, labels, "logits");
+  check_saved(stats, labels.numel(), 3, compute, "stats");
+  const OptionalTensor grad_logps = dense_gradient(grad_logps_in, labels, compute);
+  const OptionalTensor grad_entropy =
+      entropy ? dense_gradient(grad_entropy_in, labels, compute) : std::nullopt;
   const void* c_logps = grad_logps ? grad_logps->const_data_ptr() : nullptr;
   const void* c_entropy = grad_entropy ? grad_entropy->const_data_ptr() : nullptr;
   const void* h = entropy ? entropy->const_data_ptr() : nullptr;

@@ -141,7 +141,11 @@ def _check_labels(labels: Tensor, rows_name: str, rows: Tensor) -> None:
         raise TypeError(f"labels must be int64; got {labels.dtype}. Use labels.long().")
     want = rows.shape[:-1]
     if labels.shape != want:
-        shifted = labels.shape[:-1] == want[:-1] and abs(labels.shape[-1] - want[-1]) == 1
+        shifted = (
+            labels.dim() == len(want) > 0
+            and labels.shape[:-1] == want[:-1]
+            and abs(labels.shape[-1] - want[-1]) == 1
+        )
         hint = (
             " Shift labels before the call?"
             if shifted
@@ -241,10 +245,13 @@ def _check_number(name: str, value: float) -> None:
 
 def _check_positive(name: str, value: float, hint: str = "") -> None:
     _check_number(name, value)
-    if not 0 < value < _INFINITY:
-        raise ValueError(f"{name} must be finite and > 0; got {value}.{hint}")
+    # The bounds keep quotients of two such numbers within float32.
+    if not 1e-12 <= value <= 1e12:
+        raise ValueError(f"{name} must be > 0, in [1e-12, 1e12]; got {value}.{hint}")
 
 
 def _check_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a Python int; got {type(value).__name__}.")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits; got {value}.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _load, reference
 from ._check import check_linear, check_token_logps, linear_compute_dtype
@@ -17,6 +18,7 @@ if TYPE_CHECKING or _load.native("cpu"):
     from .ops import METRIC_BITS
 
 _BUDGET_CPU = 256 * 2**20  # logits kept for the weight's gradient, bytes
+_MOST_ROWS = 2**62
 
 
 def token_logps(
@@ -64,6 +66,7 @@ def token_logps(
                 [-2.0794, -2.0794, -2.0794]])
     """
     check_token_logps(logits, labels, ignore_index, temperature, metrics)
+    _refuse_transforms()
     if inplace_backward:
         _check_inplace(logits)
     device = logits.device.type
@@ -130,7 +133,8 @@ def linear_token_logps(
         metrics: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", as in
             `token_logps`; they cost no further matrix product.
         lora: None, or (A `[r, H]`, B `[V, r]`, scale) of an adapter on the head:
-            `hidden @ weight.T + scale * (hidden @ A.T) @ B.T`, with gradients for A and B.
+            `hidden @ weight.T + scale * (hidden @ A.T) @ B.T`, with gradients for A and B. (The
+            small product with A runs over all positions.)
         logits_budget_bytes: how much of the logits may be kept for the gradients of weight, bias
             and B (None: 256 MiB on CPU); past it they are recomputed.
 
@@ -162,6 +166,7 @@ def linear_token_logps(
         lora,
         logits_budget_bytes,
     )
+    _refuse_transforms()
     device = hidden.device.type
     if not _load.native(device):
         _load.warn_fallback(device)
@@ -190,7 +195,7 @@ def linear_token_logps(
     keep_rows = 0
     if _needs_grad(weight, bias, lora_weight):
         budget = _BUDGET_CPU if logits_budget_bytes is None else logits_budget_bytes
-        keep_rows = budget // (vocabulary * compute_dtype.itemsize)
+        keep_rows = min(budget // (vocabulary * compute_dtype.itemsize), _MOST_ROWS)
     out = torch.ops.fusedpo.linear_token_logps.default(
         hidden,
         weight,
@@ -205,7 +210,7 @@ def linear_token_logps(
         _metric_bits(metrics),
         compute_dtype,
         _vocab_tile(hidden.shape[-1]),
-        _needs_grad(hidden, lora_hidden),
+        _needs_grad(hidden) * 1 + _needs_grad(lora_hidden) * 8,
         keep_rows,
     )
     return TokenLogps(*out[:5])
@@ -227,18 +232,36 @@ def _metric_bits(metrics: Sequence[str]) -> int:
     return bits
 
 
+def _refuse_transforms() -> None:
+    """Forward-mode derivatives would silently be zero, the rest would fail further down."""
+    if torch.compiler.is_compiling():
+        return
+    dual_level: int = forward_ad._current_level
+    active: bool = torch._C._are_functorch_transforms_active()
+    if dual_level >= 0 or active:
+        raise NotImplementedError(
+            "fusedpo's log-probs have reverse-mode gradients only: no forward-mode AD, no "
+            "torch.func transforms. Use fusedpo.reference for those."
+        )
+
+
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad:
+    base = logits._base if logits._is_view() else logits
+    if base is not None and base.is_leaf and base.requires_grad:
         raise ValueError(
-            "inplace_backward=True needs logits that were computed, not a leaf that requires grad: "
-            "its values would be overwritten by its own gradient. Pass inplace_backward=False."
+            "inplace_backward=True needs logits that were computed, not a leaf that requires grad "
+            "or a view of one: its values would be overwritten by its own gradient. "
+            "Pass inplace_backward=False."
         )
-    strided = zip(logits.shape, logits.stride(), strict=True)
-    if any(stride == 0 and size > 1 for size, stride in strided):
-        raise ValueError(
-            "inplace_backward=True needs logits whose elements do not share memory; got strides "
-            f"{logits.stride()}. Pass inplace_backward=False."
-        )
+    # Elements share no memory if each stride steps over everything the smaller strides reach.
+    reach = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(
+                "inplace_backward=True needs logits whose elements do not share memory; got shape "
+                f"{list(logits.shape)} with strides {logits.stride()}. Pass inplace_backward=False."
+            )
+        reach += (size - 1) * stride
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             "inplace_backward=True needs logits whose last dimension is contiguous; got strides "

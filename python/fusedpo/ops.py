@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 METRIC_BITS = {"entropy": 1, "log_sum_sq_probs": 2, "mean_logits": 4, "is_top1": 8}
-_HIDDEN, _WEIGHT, _BIAS, _LORA_HIDDEN, _LORA_WEIGHT = 1, 2, 4, 8, 16
+_HIDDEN, _LORA_HIDDEN = 1, 8  # bits of `needs` and `want_grads`: one per tensor argument, in order
 
 _ops = torch.ops.fusedpo
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -115,7 +115,7 @@ def _(
     metrics: int,
     compute_dtype: torch.dtype,
     vocab_tile: int,
-    want_grad: bool,
+    want_grads: int,
     keep_rows: int,
 ) -> tuple[Any, ...]:
     dtype = _result_dtype(compute_dtype)
@@ -125,9 +125,9 @@ def _(
         return hidden.new_empty((rows, columns), dtype=kind) if wanted else None
 
     stats = saved(count, 4, dtype, True)
-    unit = saved(count, hidden.shape[-1], dtype, want_grad)
+    unit = saved(count, hidden.shape[-1], dtype, bool(want_grads & _HIDDEN))
     lora_columns = 0 if lora_weight is None else lora_weight.shape[1]
-    lora_unit = saved(count, lora_columns, dtype, want_grad and lora_weight is not None)
+    lora_unit = saved(count, lora_columns, dtype, bool(want_grads & _LORA_HIDDEN))
     sym_min: Any = torch.sym_min  # untyped
     keeps, kept_rows = keep_rows > 0, sym_min(count, keep_rows)
     kept = saved(kept_rows, vocabulary, compute_dtype, keeps)
@@ -162,13 +162,20 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     # With unit gradients and a frozen head, backward reads neither weight nor hidden, unless the
     # entropy's gradient is asked for.
     _, weight_needs, bias_needs, _, lora_weight_needs = ctx.needs_input_grad[:5]
-    recomputes = unit is None or entropy is not None
+    unit_missing = (ctx.needs_input_grad[0] and unit is None) or (
+        ctx.needs_input_grad[3] and lora_unit is None
+    )
+    recomputes = unit_missing or entropy is not None
     if not (recomputes or weight_needs or bias_needs or lora_weight_needs):
         parameters = (None,) * 5
     ctx.save_for_backward(*parameters, labels, entropy, stats, unit, lora_unit, kept, anchors)
     saved = (sums, means, top1, stats, unit, lora_unit, kept, anchors)
     ctx.mark_non_differentiable(*(x for x in saved if x is not None))
     ctx.set_materialize_grads(False)
+
+
+def _recorded(unit: Tensor | None) -> Tensor | None:
+    return unit.detach().requires_grad_() if unit is not None and torch.is_grad_enabled() else unit
 
 
 def _linear_backward(ctx: Any, grad_logps: Any, grad_entropy: Any, *_: Any) -> tuple[Any, ...]:
@@ -178,13 +185,19 @@ def _linear_backward(ctx: Any, grad_logps: Any, grad_entropy: Any, *_: Any) -> t
     *parameters, labels, entropy, stats, unit, lora_unit, kept, anchors = ctx.saved_tensors
     ignore_index = ctx.options[0]
     needs = sum(1 << i for i in range(5) if ctx.needs_input_grad[i])
-    if grad_entropy is None and unit is not None:
+    formed = 0
+    if grad_entropy is None:
+        # The unit gradients depend on hidden and weight, too: under create_graph the refusal of a
+        # second derivative has to see that.
+        unit, lora_unit = _recorded(unit), _recorded(lora_unit)
         scale_rows = _ops.linear_token_logps_backward_hidden.default
-        if needs & _HIDDEN:
+        if needs & _HIDDEN and unit is not None:
             grads[0] = scale_rows(grad_logps, unit, labels, ignore_index, ctx.hidden_dtype)
-        if needs & _LORA_HIDDEN:
+            formed |= _HIDDEN
+        if needs & _LORA_HIDDEN and lora_unit is not None:
             grads[3] = scale_rows(grad_logps, lora_unit, labels, ignore_index, ctx.lora_dtype)
-        needs &= _WEIGHT | _BIAS | _LORA_WEIGHT
+            formed |= _LORA_HIDDEN
+    needs &= ~formed
     if needs:
         saved = (labels, entropy, stats, kept, anchors)
         # options: ignore_index, temperature, softcap, logit_scale, metrics, compute_dtype, tile

@@ -199,8 +199,18 @@ def test_token_logps_is_as_exact_as_plain_torch(dtype, vocabulary, rows, tempera
 
 
 # Slack for a coin toss: both gradients are the same float32 number but for its last bits, and then
-# rounded to half precision.
-COIN_TOSS = 1.02
+# rounded to half precision. Entropy and log sum p^2, where both errors are about one float32 ulp,
+# are allowed half an ulp more.
+COIN_TOSS, HALF_ULP = 1.02, 0.5
+
+
+def check_against_widened(errors: Errors) -> None:
+    for name, squares in errors.squares.items():
+        root = {who: value**0.5 for who, value in squares.items()}
+        limit = COIN_TOSS * root["wide"]
+        if name in ("entropy", "log_sum_sq_probs"):
+            limit += HALF_ULP * root["ulp"]
+        assert root["ours"] <= limit, f"{name}: {root}, allowed {limit}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -211,9 +221,7 @@ def test_half_precision_logits_lose_nothing_against_widening_them_first(dtype, v
     for seed in range(20):
         logits = make_logits(rows, vocabulary, seed, dtype)
         token_errors(errors, logits, make_labels(rows, vocabulary, seed), 1.0, seed)
-    for name, squares in errors.squares.items():
-        ours, wide = squares["ours"] ** 0.5, squares["wide"] ** 0.5
-        assert ours <= COIN_TOSS * wide, f"{name}: {ours} against {wide} of the widened logits"
+    check_against_widened(errors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -227,9 +235,8 @@ def test_a_target_50_nats_below_the_maximum_is_as_exact_as_any(dtype, vocabulary
         logits = logits.scatter(1, labels.unsqueeze(1), (best - 50).unsqueeze(1)).to(dtype)
         token_errors(errors, logits, labels, 1.0, seed)
     errors.check(f"{vocabulary} {dtype}")
-    for name, squares in errors.squares.items():
-        if "wide" in squares:
-            assert squares["ours"] ** 0.5 <= COIN_TOSS * squares["wide"] ** 0.5, name
+    if dtype in (torch.bfloat16, torch.float16):
+        check_against_widened(errors)
 
 
 # ---- linear_token_logps -------------------------------------------------------------------------
