@@ -71,6 +71,44 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
       " -> (Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? lora_hidden,"
       " Tensor? lora_weight)");
 
+  // A list of paired losses over [B] log-probs: sum_k weights[k] losses[k], and its derivatives.
+  //   losses         codes of PairLoss (csrc/core/loss_pair.h); f_divergence those of FDivergence
+  //   nll_weights    the factor of chosen_nll ([B] or 0-d) within each loss
+  //   reduction      of `loss`: 0 mean, 1 sum; needs, bits: 1 chosen_logps, 2 rejected_logps,
+  //                  4 ref_chosen_logps, 8 ref_rejected_logps, 16 chosen_nll
+  // gradients [saved]: a row [B], d losses[b] / d input[b], for every bit of needs; after them a
+  // row by sorted position for each loss that sorts the batch (aot, aot_unpaired), whose
+  // permutations are the rows of order [saved]. chosen_logps...: fp32 or fp64, and all results like
+  // them.
+  m.def(
+      "preference_loss(Tensor chosen_logps, Tensor rejected_logps, Tensor? ref_chosen_logps,"
+      " Tensor? ref_rejected_logps, Tensor? chosen_lengths, Tensor? rejected_lengths,"
+      " Tensor? chosen_nll, Tensor? pair_weights, int[] losses, float[] weights,"
+      " float[] nll_weights, float beta, float label_smoothing, int f_divergence, float f_alpha,"
+      " float discopop_tau, float simpo_gamma, float alpha, int reduction, int needs)"
+      " -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards,"
+      " Tensor margins, Tensor accuracies, Tensor? gradients, Tensor? order)");
+
+  // One unpaired loss over [B] log-probs; labels are bool, true where desirable. shift is kto's kl
+  // or bco's delta; shift_value, one number on the device, takes its place. gradients as above,
+  // with the bits 1 logps and 4 ref_logps.
+  m.def(
+      "unpaired_loss(Tensor logps, Tensor ref_logps, Tensor labels, Tensor? shift_value, int loss,"
+      " float beta, float shift, float desirable_weight, float undesirable_weight, int reduction,"
+      " int needs) -> (Tensor loss, Tensor losses, Tensor rewards, Tensor? gradients)");
+
+  // The gradients of both: what forward saved, times the upstream gradients. sorted, bits: 1 aot,
+  // 2 aot_unpaired; one_nll: chosen_nll was 0-d. An input not in needs gets None.
+  m.def(
+      "loss_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor gradients, Tensor? order,"
+      " int needs, int sorted, int reduction, bool one_nll)"
+      " -> (Tensor? chosen_logps, Tensor? rejected_logps, Tensor? ref_chosen_logps,"
+      " Tensor? ref_rejected_logps, Tensor? chosen_nll)");
+
+  // Whether a length ([B] int64) is below 1. An operator of its own because only a step outside a
+  // compiled graph asks.
+  m.def("has_empty_completion(Tensor chosen_lengths, Tensor rejected_lengths) -> bool");
+
   // JSON: the CPU kernels' instruction set and the route of bf16 GEMMs.
   m.def("cpu_info() -> str");
 }

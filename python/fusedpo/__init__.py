@@ -4,15 +4,20 @@ __version__ = "0.1.0"
 
 from . import _load, reference  # noqa: F401  _load first: it loads the C++ operators
 from .logps import linear_token_logps, token_logps
-from .reference import PairLogps, PreferenceLoss, TokenLogps, pair_logps, preference_loss
+from .losses import LossType, loss_types, preference_loss, unpaired_loss
+from .reference import PairLogps, PreferenceLoss, TokenLogps, UnpairedLoss, pair_logps
 
 __all__ = [
+    "LossType",
     "PairLogps",
     "PreferenceLoss",
     "TokenLogps",
+    "UnpairedLoss",
     "linear_token_logps",
+    "loss_types",
     "pair_logps",
     "preference_loss",
     "reference",
     "token_logps",
+    "unpaired_loss",
 ]

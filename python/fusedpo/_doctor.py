@@ -28,7 +28,8 @@ _FUNCTIONS: dict[str, str | None] = {
     "token_logps": "token_logps",
     "linear_token_logps": "linear_token_logps",
     "pair_logps": None,
-    "preference_loss": None,
+    "preference_loss": "preference_loss",
+    "unpaired_loss": "unpaired_loss",
 }
 _CRC_CHECK = (b"123456789", 0xE3069283)  # the check value that defines CRC-32C
 _REFERENCE = "torch reference"

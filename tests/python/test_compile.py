@@ -204,7 +204,9 @@ def test_opcheck_passes_for_every_operator():
             assert operator()  # no tensor, nothing to trace
             continue
         torch.library.opcheck(operator, arguments)
-    assert checked == {op.split("::")[1] for op in registered_operators()}
+    # test_losses.py checks these.
+    losses = {"preference_loss", "unpaired_loss", "loss_backward", "has_empty_completion"}
+    assert checked | losses == {op.split("::")[1] for op in registered_operators()}
 
 
 def registered_operators():

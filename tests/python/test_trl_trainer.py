@@ -206,27 +206,6 @@ def test_compute_ref_log_probs_equals_trl_and_leaves_no_graph(tmp_path: Any) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("loss_type", ["ipo"]),
-        ("loss_type", ["sigmoid", "sft"]),
-        ("loss_weights", [0.5]),
-        ("label_smoothing", 0.1),
-        ("f_divergence_type", "js_divergence"),
-        ("f_alpha_divergence_coef", 0.7),
-        ("ld_alpha", 0.5),
-        ("use_weighting", True),
-        ("discopop_tau", 0.1),
-    ],
-)
-def test_loss_options_that_are_not_supported_are_refused_by_name(
-    option: str, value: Any, tmp_path: Any
-) -> None:
-    with pytest.raises(ValueError, match=rf"DPOConfig\.{option} must be .*got"):
-        train(FusedDPOTrainer, tmp_path, **{option: value})
-
-
 def test_lora_on_the_head_is_refused_at_construction(tmp_path: Any) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head"):

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import trl.trainer.dpo_trainer as _trl_dpo
 from torch import Tensor
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from fusedpo import PairLogps, pair_logps
 from fusedpo.trl.head import add_fused_head
-from fusedpo.trl.loss_options import refuse_unsupported, sigmoid_loss
+from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.versions import require_supported
 
@@ -44,8 +44,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         *rest, **keywords: the further arguments of `trl.DPOTrainer`, in its order.
 
     Raises:
-        ValueError: an option of `args` that changes the loss and is not supported; the message
-            names it. UnsupportedTRLError: the installed TRL is outside the supported range.
+        ValueError: a loss that is unknown or an option out of range; the message names it.
+            UnsupportedTRLError: the installed TRL is outside the supported range.
 
     Example:
 
@@ -59,10 +59,11 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **keywords: Any
     ) -> None:
         require_supported()
-        if args is not None:
-            refuse_unsupported(args)
+        # Wrong options are refused before a model is loaded; without args TRL makes the default.
+        call = loss_call(args) if isinstance(args, DPOConfig) else None
         with _our_head_during_construction():
             super().__init__(model, ref_model, args, *rest, **keywords)
+        self._loss_call = loss_call(self.args) if call is None else call
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Score a batch with the reference, without gradient; returns the chosen and rejected
@@ -89,7 +90,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         # miss the autocast.
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             outputs = model(**_model_inputs(inputs), labels=_labels(inputs), fused_lm_head=True)
-        return _pair(outputs.log_probs, inputs)
+        return _pair(outputs.log_probs, inputs, self.ld_alpha)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
@@ -97,7 +98,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         outputs = model(**model_inputs, labels=_labels(inputs), fused_lm_head=True)
-        policy = _pair(outputs.log_probs, inputs)
+        policy = _pair(outputs.log_probs, inputs, self.ld_alpha)
         if self.precompute_ref_logps:
             reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
@@ -105,7 +106,15 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 self.model if self.ref_model is None else self.ref_model, inputs
             )
 
-        result = sigmoid_loss(policy, reference, self.beta)
+        seq_len = inputs["completion_mask"].shape[1] - 1
+        result = batch_loss(
+            self._loss_call | {"beta": self.beta},
+            policy,
+            reference,
+            outputs.log_probs[:, -seq_len:],
+            outputs.log_sum_sq_probs[:, -seq_len:] if self.use_weighting else None,
+            inputs["completion_mask"],
+        )
         loss = result.loss
         aux_loss = outputs.aux_loss if self.aux_loss_enabled else None
         if aux_loss is not None:
@@ -163,6 +172,6 @@ def _labels(inputs: dict[str, Any]) -> Tensor:
     return labels
 
 
-def _pair(log_probs: Tensor, inputs: dict[str, Any]) -> PairLogps:
+def _pair(log_probs: Tensor, inputs: dict[str, Any], ld_alpha: float | None) -> PairLogps:
     completion_mask = inputs["completion_mask"][:, 1:]
-    return pair_logps(log_probs[:, -completion_mask.shape[1] :], completion_mask)
+    return pair_logps(log_probs[:, -completion_mask.shape[1] :], completion_mask, ld_alpha=ld_alpha)

@@ -1,4 +1,4 @@
-"""The mathematics of fusedpo in plain PyTorch: definition, fallback, and what tests compare with.
+"""Log-probabilities in plain PyTorch: definition, fallback, and what tests compare with.
 
 Written to be read, not to be fast: every logit of the scored rows exists at once. Works on any
 device and in float64. Rows whose label is ``ignore_index`` are left out before anything is
@@ -16,16 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import METRICS, check_linear, check_pair_logps, check_token_logps
+from .._check import METRICS, check_linear, check_pair_logps, check_token_logps
 
 __all__ = [
     "METRICS",
     "PairLogps",
-    "PreferenceLoss",
     "TokenLogps",
     "linear_token_logps",
     "pair_logps",
-    "preference_loss",
     "token_logps",
 ]
 
@@ -47,17 +45,6 @@ class PairLogps(NamedTuple):
     rejected: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
-
-
-class PreferenceLoss(NamedTuple):
-    """`loss` (0-d, or [B] for reduction "none") and `losses` [B] have gradients, the rest not."""
-
-    loss: Tensor
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    margins: Tensor
-    accuracies: Tensor
 
 
 def token_logps(
@@ -164,31 +151,36 @@ def pair_logps(
     check_pair_logps(logps, completion_mask, ld_alpha)
     mask = completion_mask != 0
     lengths = mask.sum(dim=1)
-    values = _exact(logps.masked_fill(~mask, 0))
+    values = exact(logps.masked_fill(~mask, 0))
     if ld_alpha is not None:
         pairs = mask.shape[0] // 2
         shorter = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
         beyond = mask.cumsum(dim=1) > shorter.unsqueeze(1)
         values = torch.where(beyond, ld_alpha * values, values)
-    # Reading a value would break a compiled graph and stall another device; there the caller has
-    # the lengths to look at.
-    may_read = not torch.compiler.is_compiling() and lengths.device.type == "cpu"
-    if may_read and bool((lengths == 0).any()):
-        warnings.warn(
-            "fusedpo: a completion has no token to score; its log-probability is 0. "
-            "Was it cut off by max_length?",
-            stacklevel=2,
-        )
+    warn_empty_completions(lengths, stacklevel=3)
     chosen, rejected = values.sum(dim=1).to(logps.dtype).chunk(2)
     chosen_lengths, rejected_lengths = lengths.chunk(2)
     return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+
+
+def warn_empty_completions(*lengths: Tensor, stacklevel: int = 3) -> None:
+    # Reading a value would break a compiled graph and stall another device; there the caller has
+    # the lengths to look at.
+    if torch.compiler.is_compiling() or lengths[0].device.type != "cpu":
+        return
+    if not all(bool(each.all()) for each in lengths):
+        warnings.warn(
+            "fusedpo: a completion has no token to score; its log-probability is 0. "
+            "Was it cut off by max_length?",
+            stacklevel=stacklevel,
+        )
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def exact(tensor: Tensor) -> Tensor:
     """Float64, in which sums are exact enough to be rounded once; MPS has no more than float32."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
@@ -201,97 +193,3 @@ def _check_label_range(labels: Tensor, vocabulary: int, ignore_index: int) -> No
             f"labels must be in [0, {vocabulary}) or equal ignore_index ({ignore_index}); "
             f"got {int(labels[position])} at position {position}"
         )
-
-
-def preference_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    *,
-    loss_type: str | Sequence[str] = "sigmoid",
-    loss_weights: Sequence[float] | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    f_divergence_type: str = "reverse_kl",
-    f_alpha_divergence_coef: float = 0.5,
-    discopop_tau: float = 0.05,
-    cpo_alpha: float | None = None,
-    simpo_gamma: float = 0.5,
-    alpha: float = 0.0,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    chosen_nll: Tensor | None = None,
-    pair_weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> PreferenceLoss:
-    """The DPO loss ``-log sigmoid(beta * delta)`` of log-probabilities [B] in nats.
-
-    ``delta = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)``, arXiv
-    2305.18290. The arithmetic per pair runs in float64 and is rounded once. Only
-    ``loss_type="sigmoid"`` is defined here; everything else is refused by name.
-    """
-    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    for name in names:
-        if name != "sigmoid":
-            raise ValueError(f"loss_type must be 'sigmoid'; got {name!r}.")
-    weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
-    if not names or len(weights) != len(names):
-        raise ValueError(f"loss_weights must have one weight for each of {names}; got {weights}.")
-    options = {
-        "label_smoothing": (label_smoothing, 0.0),
-        "f_divergence_type": (f_divergence_type, "reverse_kl"),
-        "f_alpha_divergence_coef": (f_alpha_divergence_coef, 0.5),
-        "discopop_tau": (discopop_tau, 0.05),
-        "cpo_alpha": (cpo_alpha, None),
-        "simpo_gamma": (simpo_gamma, 0.5),
-        "alpha": (alpha, 0.0),
-    }
-    for option, (value, default) in options.items():
-        if value != default:
-            raise ValueError(
-                f"{option} must be left at {default!r} with loss_type 'sigmoid'; got {value!r}."
-            )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}.")
-    if ref_chosen_logps is None or ref_rejected_logps is None:
-        raise ValueError(
-            "ref_chosen_logps and ref_rejected_logps must be given with loss_type 'sigmoid'; "
-            "got None. Pass zeros to mean a reference of zeros."
-        )
-    inputs = {
-        "chosen_logps": chosen_logps,
-        "rejected_logps": rejected_logps,
-        "ref_chosen_logps": ref_chosen_logps,
-        "ref_rejected_logps": ref_rejected_logps,
-    }
-    if pair_weights is not None:
-        inputs["pair_weights"] = pair_weights
-    for argument, tensor in inputs.items():
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{argument} must be float32 or float64; got {tensor.dtype}.")
-        if tensor.dim() != 1 or tensor.shape != chosen_logps.shape:
-            raise ValueError(
-                f"{argument} must have shape [B], one value for each pair as in chosen_logps "
-                f"{list(chosen_logps.shape)}; got {list(tensor.shape)}."
-            )
-    del chosen_lengths, rejected_lengths, chosen_nll  # allowed, and not part of this loss
-
-    dtype = chosen_logps.dtype
-    chosen_rewards = beta * (_exact(chosen_logps) - _exact(ref_chosen_logps))
-    rejected_rewards = beta * (_exact(rejected_logps) - _exact(ref_rejected_logps))
-    margins = chosen_rewards - rejected_rewards
-    losses = -F.logsigmoid(margins) * sum(weights)
-    if pair_weights is not None:
-        losses = losses * _exact(pair_weights)
-    reduced = losses
-    if reduction != "none":
-        reduced = losses.mean() if reduction == "mean" else losses.sum()
-    return PreferenceLoss(
-        loss=reduced.to(dtype),
-        losses=losses.to(dtype),
-        chosen_rewards=chosen_rewards.detach().to(dtype),
-        rejected_rewards=rejected_rewards.detach().to(dtype),
-        margins=margins.detach().to(dtype),
-        accuracies=(margins.detach() > 0).to(dtype),
-    )

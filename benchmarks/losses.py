@@ -1,0 +1,206 @@
+"""python -m benchmarks.losses: lists of three losses, forward and backward, against plain torch.
+
+Every list is verified first: value and gradients of both against the reference in float64. Each
+call computes the loss, rewards, margins and accuracies of B pairs and runs backward. "floor" is
+`(chosen + rejected).sum().backward()` and one more input: what torch takes for the smallest graph
+over the same tensors, two thirds of it inside `.backward()` itself. Times are per call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import fusedpo
+import torch
+import torch.nn.functional as F
+from fusedpo import reference
+from torch import Tensor
+
+from benchmarks import common
+
+BETA, EPS, TAU = 0.1, 0.1, 0.05
+LISTS: dict[str, tuple[list[str], list[float]]] = {
+    "MPO": (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]),
+    "sigmoid + ipo + apo_zero": (["sigmoid", "ipo", "apo_zero"], [1.0, 0.1, 0.5]),
+    "robust + nca_pair + aot": (["robust", "nca_pair", "aot"], [1.0, 0.5, 0.5]),
+    "exo_pair + discopop + sigmoid_norm": (["exo_pair", "discopop", "sigmoid_norm"], [1.0] * 3),
+}
+CALLS = 200  # per timing: one call is too short for the clock
+
+
+class Batch:
+    def __init__(self, pairs: int, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+
+        def logps() -> Tensor:
+            return -50 + 5 * torch.randn(pairs, dtype=dtype)
+
+        self.chosen, self.rejected = logps().requires_grad_(), logps().requires_grad_()
+        self.ref_chosen, self.ref_rejected = logps(), logps()
+        self.chosen_lengths = torch.randint(10, 200, (pairs,))
+        self.rejected_lengths = torch.randint(10, 200, (pairs,))
+        self.nll = torch.rand((), dtype=dtype, requires_grad=True)
+        self.leaves = [self.chosen, self.rejected, self.nll]
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        other = Batch(len(self.chosen), dtype)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                copy = value.detach().to(dtype if value.is_floating_point() else value.dtype)
+                setattr(other, name, copy.requires_grad_(value.requires_grad))
+        other.leaves = [other.chosen, other.rejected, other.nll]
+        return other
+
+
+def plain(b: Batch, names: list[str], weights: list[float]) -> tuple[Tensor, ...]:
+    """The formulas as a trainer writes them in torch."""
+    r_c, r_r = b.chosen - b.ref_chosen, b.rejected - b.ref_rejected
+    delta = r_c - r_r
+    loss: Any = 0.0
+    for name, weight in zip(names, weights, strict=True):
+        losses: Tensor
+        if name == "sigmoid":
+            losses = -F.logsigmoid(BETA * delta)
+        elif name == "bco_pair":
+            losses = -F.logsigmoid(BETA * r_c) - F.logsigmoid(-(BETA * r_r))
+        elif name == "sft":
+            losses = b.nll.expand(len(r_c))
+        elif name == "ipo":
+            mean_c, mean_r = r_c / b.chosen_lengths, r_r / b.rejected_lengths
+            losses = (mean_c - mean_r - 1 / (2 * BETA)) ** 2
+        elif name == "apo_zero":
+            losses = 1 - torch.sigmoid(BETA * r_c) + torch.sigmoid(BETA * r_r)
+        elif name == "robust":
+            clean, flipped = F.logsigmoid(BETA * delta), F.logsigmoid(-BETA * delta)
+            losses = (-(1 - EPS) * clean + EPS * flipped) / (1 - 2 * EPS)
+        elif name == "nca_pair":
+            up, down = BETA * r_c, BETA * r_r
+            losses = -F.logsigmoid(up) - 0.5 * F.logsigmoid(-up) - 0.5 * F.logsigmoid(-down)
+        elif name == "aot":
+            policy, _ = torch.sort(b.chosen - b.rejected)
+            ref, _ = torch.sort(b.ref_chosen - b.ref_rejected)
+            x = BETA * (policy - ref)
+            losses = -F.logsigmoid(x) * (1 - EPS) - F.logsigmoid(-x) * EPS
+        elif name == "exo_pair":
+            x = BETA * delta
+            losses = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-EPS)) + torch.sigmoid(-x) * (
+                F.logsigmoid(-x) - math.log(EPS)
+            )
+        elif name == "discopop":
+            x = BETA * delta
+            m = torch.sigmoid(x / TAU)
+            losses = -F.logsigmoid(x) * (1 - m) + torch.exp(-x) * m
+        else:  # sigmoid_norm
+            losses = -F.logsigmoid(BETA * (r_c / b.chosen_lengths - r_r / b.rejected_lengths))
+        loss = loss + losses.mean() * weight
+    rewards_c, rewards_r = BETA * r_c.detach(), BETA * r_r.detach()
+    return loss, rewards_c, rewards_r, rewards_c - rewards_r, (rewards_c > rewards_r).float()
+
+
+def options_of(b: Batch, names: list[str], weights: list[float]) -> dict[str, Any]:
+    smooths = {"robust", "aot", "exo_pair"} & set(names)
+    return {
+        "loss_type": names,
+        "loss_weights": weights,
+        "beta": BETA,
+        "label_smoothing": EPS if smooths else 0.0,
+        "chosen_lengths": b.chosen_lengths,
+        "rejected_lengths": b.rejected_lengths,
+        "chosen_nll": b.nll,
+    }
+
+
+def fused(module: Any, b: Batch, options: dict[str, Any]) -> Any:
+    return module.preference_loss(b.chosen, b.rejected, b.ref_chosen, b.ref_rejected, **options)
+
+
+def verify(b: Batch, names: list[str], weights: list[float]) -> dict[str, float]:
+    """Largest relative error of loss and gradients; the reference in float64 is exact."""
+    exact = b.to(torch.float64)
+    want = fused(reference, exact, options_of(exact, names, weights)).loss
+    want_grads = torch.autograd.grad(want, exact.leaves, allow_unused=True)
+    errors = {}
+    for name, loss in (
+        ("fusedpo", fused(fusedpo, b, options_of(b, names, weights)).loss),
+        ("plain torch", plain(b, names, weights)[0]),
+    ):
+        grads = torch.autograd.grad(loss, b.leaves, allow_unused=True)
+        worst = abs(loss.item() - want.item()) / abs(want.item())
+        for got, true in zip(grads, want_grads, strict=True):
+            if true is not None and got is not None:
+                worst = max(worst, ((got - true).abs().max() / true.abs().max()).item())
+        errors[name] = worst
+        if worst > 1e-4:
+            raise RuntimeError(f"{name} is wrong for {names}: relative error {worst}")
+    return errors
+
+
+def many(loss: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(CALLS):
+            for leaf in leaves:
+                leaf.grad = None
+            loss().backward()
+
+    return run
+
+
+def run_list(name: str, pairs: int, rounds: int) -> dict[str, Any]:
+    names, weights = LISTS[name]
+    b = Batch(pairs, torch.float32)
+    errors = verify(b, names, weights)
+    options = options_of(b, names, weights)
+    leaves = b.leaves if "sft" in names else b.leaves[:2]
+
+    def floor() -> Tensor:
+        total = (b.chosen + b.rejected).sum()
+        return total + b.nll if "sft" in names else total
+
+    times = common.interleave(
+        {
+            "floor": many(floor, leaves),
+            "plain torch": many(lambda: plain(b, names, weights)[0], leaves),
+            "fusedpo": many(lambda: fused(fusedpo, b, options).loss, leaves),
+            "reference": many(lambda: fused(reference, b, options).loss, leaves),
+        },
+        rounds,
+    )
+    microseconds = {peer: 1e6 * values["min_s"] / CALLS for peer, values in times.items()}
+    base = microseconds["floor"]
+    row = {
+        "losses": names,
+        "pairs": pairs,
+        "relative_error": errors,
+        "microseconds": microseconds,
+        "median_microseconds": {p: 1e6 * v["median_s"] / CALLS for p, v in times.items()},
+        "share_of_plain_torch": microseconds["fusedpo"] / microseconds["plain torch"],
+        "share_above_the_floor": (microseconds["fusedpo"] - base)
+        / (microseconds["plain torch"] - base),
+    }
+    print(
+        f"{name:36s} floor {base:6.1f}  plain torch {microseconds['plain torch']:6.1f}  "
+        f"fusedpo {microseconds['fusedpo']:6.1f} us  = {row['share_of_plain_torch']:.2f}, "
+        f"above the floor {row['share_above_the_floor']:.2f}"
+    )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=pathlib.Path, default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # [B] numbers: there is nothing to share
+    results = {name: run_list(name, options.pairs, options.rounds) for name in LISTS}
+    env = common.environment()
+    path = options.out or common.RESULTS / common.device_name(env) / "losses.json"
+    common.write(path, {"environment": env, "times": "minimum of rounds", "lists": results})
+
+
+if __name__ == "__main__":
+    main()
