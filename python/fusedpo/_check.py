@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 METRICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -125,6 +126,20 @@ def check_pair_logps(logps: Tensor, completion_mask: Tensor, ld_alpha: float | N
                 f"ld_alpha must be in [0, 1]; got {ld_alpha}. "
                 "None or 1 turns length desensitisation off."
             )
+
+
+def refuse_transforms() -> None:
+    """Raise NotImplementedError under forward-mode AD, whose derivatives would silently be zero,
+    and under torch.func transforms, which would fail further down."""
+    if torch.compiler.is_compiling():
+        return
+    dual_level: int = forward_ad._current_level
+    active: bool = torch._C._are_functorch_transforms_active()
+    if dual_level >= 0 or active:
+        raise NotImplementedError(
+            "fusedpo's operators have reverse-mode gradients only: no forward-mode AD, no "
+            "torch.func transforms. Use fusedpo.reference for those."
+        )
 
 
 def linear_compute_dtype(hidden: Tensor) -> torch.dtype:

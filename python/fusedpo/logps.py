@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _load, reference
-from ._check import check_linear, check_token_logps, linear_compute_dtype
+from ._check import check_linear, check_token_logps, linear_compute_dtype, refuse_transforms
 from .reference import TokenLogps
 
 if TYPE_CHECKING or _load.native("cpu"):
@@ -66,7 +65,6 @@ def token_logps(
                 [-2.0794, -2.0794, -2.0794]])
     """
     check_token_logps(logits, labels, ignore_index, temperature, metrics)
-    _refuse_transforms()
     if inplace_backward:
         _check_inplace(logits)
     device = logits.device.type
@@ -80,6 +78,7 @@ def token_logps(
             metrics=metrics,
             inplace_backward=inplace_backward,
         )
+    refuse_transforms()
     out = torch.ops.fusedpo.token_logps.default(
         logits,
         labels,
@@ -166,7 +165,6 @@ def linear_token_logps(
         lora,
         logits_budget_bytes,
     )
-    _refuse_transforms()
     device = hidden.device.type
     if not _load.native(device):
         _load.warn_fallback(device)
@@ -183,6 +181,7 @@ def linear_token_logps(
             lora=lora,
             logits_budget_bytes=logits_budget_bytes,
         )
+    refuse_transforms()
     lora_hidden = lora_weight = None
     if lora is not None:
         lora_a, lora_weight, lora_scale = lora
@@ -230,19 +229,6 @@ def _metric_bits(metrics: Sequence[str]) -> int:
     for name in metrics:
         bits |= METRIC_BITS[name]
     return bits
-
-
-def _refuse_transforms() -> None:
-    """Forward-mode derivatives would silently be zero, the rest would fail further down."""
-    if torch.compiler.is_compiling():
-        return
-    dual_level: int = forward_ad._current_level
-    active: bool = torch._C._are_functorch_transforms_active()
-    if dual_level >= 0 or active:
-        raise NotImplementedError(
-            "fusedpo's log-probs have reverse-mode gradients only: no forward-mode AD, no "
-            "torch.func transforms. Use fusedpo.reference for those."
-        )
 
 
 def _check_inplace(logits: Tensor) -> None:

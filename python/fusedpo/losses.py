@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, int64
 
 from . import _load, reference
+from ._check import refuse_transforms
 from ._loss_checks import check_pair_tensors, check_unpaired
 from .reference import PreferenceLoss, UnpairedLoss
 from .reference.logps import warn_empty_completions
@@ -207,6 +208,7 @@ def preference_loss(
             pair_weights=pair_weights,
             reduction=reduction,
         )
+    refuse_transforms()
     # What no named loss needs does not reach the operator, and gets no gradient.
     if not plan.needs_reference:
         ref_chosen_logps = ref_rejected_logps = None
@@ -313,6 +315,7 @@ def unpaired_loss(
             undesirable_weight=undesirable_weight,
             reduction=reduction,
         )
+    refuse_transforms()
     shift = kl if loss.uses_kl else delta
     value = shift.detach() if isinstance(shift, Tensor) else None
     number = 0.0 if shift is None or isinstance(shift, Tensor) else float(shift)

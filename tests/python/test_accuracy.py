@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from fusedpo import reference
-from logps_cases import DTYPES, leaf, make_head, make_labels, make_logits, needs_native
+from logps_cases import DTYPES, leaf, make_head, make_labels, make_logits, needs_native, threads
 from torch import Tensor
 
 pytestmark = needs_native  # the reference is what the operators are measured with
@@ -40,6 +40,13 @@ AFFORDABLE = {torch.float64: 100_000, torch.float32: 400_000}
 def seeds(rows: int, vocabulary: int) -> range:
     """20 problems; where one has millions of logits, 10 of at least two compared rows each."""
     return range(20 if rows * vocabulary <= 2_000_000 else 10)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Bits do not depend on the thread count (test_contract.py); on a busy machine the time does."""
+    with threads(1):
+        yield
 
 
 class Options(NamedTuple):

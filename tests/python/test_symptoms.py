@@ -1,4 +1,4 @@
-"""Every mistake of the log-prob operators that was found, as a test named after its symptom."""
+"""Every mistake of the operators that was found, as a test named after its symptom."""
 
 import json
 import os
@@ -55,6 +55,17 @@ def test_forward_mode_derivatives_are_refused_not_zero():
         dual = torch.autograd.forward_ad.make_dual(hidden, torch.ones_like(hidden))
         with pytest.raises(NotImplementedError, match="reverse-mode"):
             logps(dual)
+
+
+@native
+def test_forward_mode_derivatives_of_a_loss_are_refused_not_zero():
+    zero = torch.zeros(4)
+
+    def loss(chosen):
+        return fusedpo.preference_loss(chosen, zero, zero, zero).loss
+
+    with pytest.raises(NotImplementedError, match="reverse-mode"):
+        torch.func.jvp(loss, (zero,), (torch.ones(4),))
 
 
 @pytest.mark.parametrize("above", [12.0, 15.0, 18.0])
