@@ -44,7 +44,7 @@ def seeds(rows: int, vocabulary: int) -> range:
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Bits do not depend on the thread count (test_contract.py); on a busy machine the time does."""
+    """Bits do not depend on the thread count (test_contract.py); on a busy machine time does."""
     with threads(1):
         yield
 
