@@ -23,6 +23,7 @@ from benchmarks import common
 from benchmarks.head_peers import (
     COMPLETION,
     DTYPES,
+    FLOORS,
     HEADS,
     PEERS,
     POSITIONS,
@@ -30,6 +31,7 @@ from benchmarks.head_peers import (
     VOCABULARY,
     exact,
     make_problem,
+    peers_of,
     verify,
 )
 
@@ -55,7 +57,7 @@ def run_case(dtype: str, head: str, options: argparse.Namespace) -> dict[str, An
     vocabulary = options.vocabulary
     results: dict[str, Any] = {}
     slices: dict[str, int] = {}
-    for peer in PEERS:
+    for peer in peers_of(dtype):
         predicted = predicted_seconds(peer, dtype, head, vocabulary)
         slices[peer] = affordable_vocabulary(predicted, options.max_seconds, vocabulary)
         results[peer] = {"predicted_s": predicted}
@@ -66,9 +68,9 @@ def run_case(dtype: str, head: str, options: argparse.Namespace) -> dict[str, An
         problem = make_problem(dtype, head, size)
         truth = exact(problem)
         calls = {}
-        for peer in (p for p in PEERS if slices[p] == size):
+        for peer in (p for p in slices if slices[p] == size):
             call = PEERS[peer](problem)
-            if peer != "floor":
+            if peer not in FLOORS:
                 results[peer]["verified"] = verify(problem, call(), truth)
             if results[peer].get("verified", {"ok": True})["ok"]:
                 calls[peer] = call

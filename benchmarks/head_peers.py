@@ -166,7 +166,18 @@ def floor(p: Problem) -> Callable[[], None]:
     return call
 
 
-PEERS = {"ours": ours, "trl": trl, "eager": eager, "floor": floor}
+def floor_fp32(p: Problem) -> Callable[[], None]:
+    """The floor's products in float32: the bound of bf16 on a CPU without bf16 instructions."""
+    wide = p._replace(dtype="fp32", hidden=p.hidden.float(), weight=p.weight.float())
+    return floor(wide)
+
+
+PEERS = {"ours": ours, "trl": trl, "eager": eager, "floor": floor, "floor_fp32": floor_fp32}
+FLOORS = ("floor", "floor_fp32")  # nothing to verify
+
+
+def peers_of(dtype: str) -> list[str]:
+    return [name for name in PEERS if not (name == "floor_fp32" and dtype == "fp32")]
 
 
 def exact(p: Problem) -> Answer:
