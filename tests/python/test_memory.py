@@ -1,7 +1,7 @@
 """Peak extra memory: the high-water mark of a new process over what it held before the call.
 
 Promised: O(row block x V) + [N, H], plus the budget and the weight's gradient when the weight is
-trained. The sizes are such that the logits of the batch (400 MB) would stick out.
+trained. The sizes are such that the logits of the batch (200 MB) would stick out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 
-ROWS, SIZE, VOCABULARY = 2000, 64, 50_000
+ROWS, SIZE, VOCABULARY = 1000, 64, 50_000
 MB = 1_000_000
 LOGITS = ROWS * VOCABULARY * 4
 WEIGHT = VOCABULARY * SIZE * 4
