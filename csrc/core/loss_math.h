@@ -78,11 +78,13 @@ FUSEDPO_HD inline Term squared(double x, double target) {
   return {(x - target) * (x - target), 2.0 * (x - target)};
 }
 
-// (e^(a x) - 1) / a with the exponent capped; x itself in the limit a = 0.
+// (e^(a x) - 1) / a with the exponent capped; x itself in the limit a = 0. Below |a| = 1/20 the cap
+// falls with log|a|, so that the quotient, or its square, still fits into fp32.
 FUSEDPO_HD inline Term scaled_expm1(double x, double a, double cap) {
   if (a == 0.0) return {x, 1.0};
   const double exponent = a * x;
-  if (exponent > cap) return {std::expm1(cap) / a, 0.0};
+  const double limit = cap + std::fmin(0.0, std::log(20.0 * std::fabs(a)));
+  if (exponent > limit) return {std::expm1(limit) / a, 0.0};
   return {std::expm1(exponent) / a, std::exp(exponent)};
 }
 

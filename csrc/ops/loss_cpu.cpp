@@ -236,6 +236,9 @@ using Gradients =
 Gradients loss_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_losses_in,
                         const Tensor& gradients_in, const OptionalTensor& order_in, int64_t needs,
                         int64_t sorted, int64_t reduction, bool one_nll) {
+  STD_TORCH_CHECK(gradients_in.dim() == 2 && needs >= 0 && needs < (1 << kInputs) && sorted >= 0 &&
+                      sorted <= 3 && reduction >= 0 && reduction <= 1,
+                  "gradients, needs, sorted_bits and reduction must be what forward was given");
   const Tensor gradients = dense(gradients_in);
   const ScalarType type = gradients.scalar_type();
   const int64_t count = gradients.size(1);
@@ -248,7 +251,15 @@ Gradients loss_backward(const OptionalTensor& grad_loss, const OptionalTensor& g
   STD_TORCH_CHECK(!grad_loss || (grad_loss->numel() == 1 && grad_loss->scalar_type() == type),
                   "grad_loss must be one value of gradients' dtype");
   OptionalTensor order, grad_losses, out[kInputs];
-  if (order_in) order = dense(*order_in);
+  if (order_in) {
+    order = dense(*order_in);
+    STD_TORCH_CHECK(order->scalar_type() == ScalarType::Long, "order must be int64");
+    const int64_t* at = order->const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < order->numel(); ++i) {
+      STD_TORCH_CHECK(at[i] >= 0 && at[i] < count, "order must hold positions in [0, ", count,
+                      "); got ", at[i]);
+    }
+  }
   if (grad_losses_in) {
     STD_TORCH_CHECK(grad_losses_in->numel() == count && grad_losses_in->scalar_type() == type,
                     "grad_losses must have one value of gradients' dtype for each pair");

@@ -135,7 +135,8 @@ def preference_loss(
         label_smoothing: eps of cdpo, robust, exo_pair, aot, aot_unpaired, cpo, simpo, alphapo.
         f_divergence_type: "reverse_kl" (s = r), "forward_kl" (1 - e^-r), "js_divergence" (log 2 +
             ls(r)) or "alpha_divergence" ((e^((a-1) r) - 1)/(a-1)), arXiv 2309.16240, in the losses
-            that are written with s or x. Exponents are capped at 80, of ipo and ipo_sum at 40.
+            that are written with s or x. Exponents are capped at 80, of ipo and ipo_sum at 40, and
+            at less for |a - 1| < 0.05, where the score grows with 1 / |a - 1|.
         f_alpha_divergence_coef: a of alpha_divergence.
         discopop_tau, cpo_alpha, simpo_gamma, alpha: as above.
         chosen_lengths, rejected_lengths: `[B]` integers, completion tokens.

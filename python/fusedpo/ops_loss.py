@@ -196,24 +196,28 @@ torch.library.register_autograd("fusedpo::loss_backward", _refuse_second_derivat
 class _Attach(torch.autograd.Function):
     """Gives loss and losses, the first two of `results`, their gradients for `inputs`.
 
-    `saved` are the arguments of loss_backward, and the positions of `inputs` among its results.
+    `saved` are the further arguments of loss_backward, and the positions of `inputs` among its
+    results.
     """
 
     @staticmethod
     def forward(
         ctx: Any, results: tuple[Any, ...], saved: tuple[Any, ...], *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.saved, ctx.inputs = saved, inputs
+        gradients, order, *ctx.options = saved
+        ctx.save_for_backward(gradients, order)
+        ctx.inputs = inputs
         ctx.set_materialize_grads(False)
         return results[0], results[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *arguments, positions = ctx.saved
+        *options, positions = ctx.options
         if grads[0] is None and grads[1] is None:
             return (None,) * (2 + len(positions))
+        gradients, order = ctx.saved_tensors
         with torch._C._AutoDispatchBelowAutograd():
-            scaled = _loss_backward(*grads, *arguments)
+            scaled = _loss_backward(*grads, gradients, order, *options)
         wanted = tuple([scaled[i] for i in positions])
         return None, None, *_guarded(wanted, ctx.inputs)
 

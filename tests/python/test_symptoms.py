@@ -209,3 +209,50 @@ def test_a_transposed_weight_is_read_where_it_lies():
     want.logps.sum().backward()
     for mine, his in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine.grad.double(), his.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "ipo_sum", "sigmoid", "hinge"])
+@pytest.mark.parametrize("coefficient", [0.99, 0.996, 0.9999, 1.00001, 1.001, 1.01])
+@pytest.mark.parametrize("ratio", [-9e4, 9e4])
+def test_alpha_divergence_near_one_does_not_overflow_float32(loss_type, coefficient, ratio):
+    chosen = torch.tensor([ratio], requires_grad=True)
+    zero, lengths = torch.zeros(1), torch.ones(1, dtype=torch.int64)
+    for module in (fusedpo, reference):
+        loss = module.preference_loss(
+            chosen,
+            -chosen,
+            zero,
+            zero,
+            loss_type=loss_type,
+            beta=0.1,
+            f_divergence_type="alpha_divergence",
+            f_alpha_divergence_coef=coefficient,
+            chosen_lengths=lengths,
+            rejected_lengths=lengths,
+        ).loss
+        (gradient,) = torch.autograd.grad(loss, chosen)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
+
+def test_ld_alpha_zero_drops_an_impossible_token_past_the_shorter_length():
+    logps = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -2.0, -torch.inf]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert fusedpo.pair_logps(logps, mask, ld_alpha=0.0).rejected.item() == -3.0
+
+
+def test_a_loss_used_twice_without_retain_graph_is_an_error():
+    chosen, zero = torch.zeros(3, requires_grad=True), torch.zeros(3)
+    loss = fusedpo.preference_loss(chosen, zero, zero, zero).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@native
+def test_a_foreign_order_does_not_write_out_of_bounds():
+    order = torch.tensor([[10**7, 0], [0, 1]])
+    with pytest.raises(RuntimeError, match="positions"):
+        torch.ops.fusedpo.loss_backward(
+            None, torch.ones(2), torch.ones(2, 2), order, 1, 1, 0, False
+        )

@@ -156,7 +156,9 @@ def pair_logps(
         pairs = mask.shape[0] // 2
         shorter = torch.minimum(lengths[:pairs], lengths[pairs:]).repeat(2)
         beyond = mask.cumsum(dim=1) > shorter.unsqueeze(1)
-        values = torch.where(beyond, ld_alpha * values, values)
+        # Off means off: 0 * -inf would be NaN.
+        tail = ld_alpha * values if ld_alpha > 0 else torch.zeros_like(values)
+        values = torch.where(beyond, tail, values)
     warn_empty_completions(lengths, stacklevel=3)
     chosen, rejected = values.sum(dim=1).to(logps.dtype).chunk(2)
     chosen_lengths, rejected_lengths = lengths.chunk(2)

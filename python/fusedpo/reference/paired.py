@@ -79,8 +79,10 @@ class Pairs:
 
 
 def _scaled_expm1(x: Tensor, a: float, cap: float) -> Tensor:
-    """(e^(a x) - 1) / a, and its limit x for a = 0."""
-    return x if a == 0 else torch.expm1((a * x).clamp(max=cap)) / a
+    """(e^(a x) - 1) / a, and its limit x for a = 0; e^cap / |a|, or its square, fits into fp32."""
+    if a == 0:
+        return x
+    return torch.expm1((a * x).clamp(max=cap + min(0.0, math.log(20 * abs(a))))) / a
 
 
 def nls(x: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ def batch_loss(
     # TRL divides by the counts of the unshifted mask: another number for an empty prompt.
     chosen_lengths, rejected_lengths = completion_mask.sum(dim=1).clamp(min=1).chunk(2)
     mask = completion_mask[:, 1:] != 0
+    # Precomputed references come back in float32; a reference model may have a dtype of its own.
+    ref_logps = (ref_logps[0].to(policy.chosen.dtype), ref_logps[1].to(policy.chosen.dtype))
     return preference_loss(
         policy.chosen,
         policy.rejected,
