@@ -39,18 +39,25 @@ PROBE = 64  # the share of the vocabulary on which a contestant's time is predic
 GEMMS = {"nograd": 1, "frozen": 2, "trained": 3}
 
 
-def predicted_seconds(peer: str, dtype: str, head: str, vocabulary: int) -> float:
-    problem = make_problem(dtype, head, vocabulary // PROBE)
-    call = PEERS[peer](problem)
+def predicted_seconds(peer: str, dtype: str, head: str, size: int, vocabulary: int) -> float:
+    """Seconds for the whole vocabulary, from calls on `size` entries of it."""
+    call = PEERS[peer](make_problem(dtype, head, size))
     call()
-    return min(common.seconds_of(call) for _ in range(2)) * PROBE
+    return min(common.seconds_of(call) for _ in range(2)) * vocabulary / size
 
 
-def affordable_vocabulary(predicted: float, limit: float, vocabulary: int) -> int:
-    """All of it, or the slice that takes about `limit` seconds, a multiple of 64."""
-    if predicted <= limit:
-        return vocabulary
-    return max(vocabulary // PROBE, int(vocabulary * limit / predicted)) // 64 * 64
+def affordable(peer: str, dtype: str, head: str, options: argparse.Namespace) -> tuple[int, float]:
+    """The vocabulary to time: all of it, or the slice that takes about --max-seconds; and what the
+    whole is predicted to take."""
+    vocabulary, limit = options.vocabulary, options.max_seconds
+    size = vocabulary // PROBE
+    predicted = predicted_seconds(peer, dtype, head, size, vocabulary)
+    for _ in range(2):  # a small slice predicts too much: it does not amortise what a call costs
+        if predicted <= limit:
+            return vocabulary, predicted
+        size = max(vocabulary // PROBE, int(vocabulary * limit / predicted)) // 64 * 64
+        predicted = predicted_seconds(peer, dtype, head, size, vocabulary)
+    return (vocabulary if predicted <= limit else size), predicted
 
 
 def run_case(dtype: str, head: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -58,8 +65,7 @@ def run_case(dtype: str, head: str, options: argparse.Namespace) -> dict[str, An
     results: dict[str, Any] = {}
     slices: dict[str, int] = {}
     for peer in peers_of(dtype):
-        predicted = predicted_seconds(peer, dtype, head, vocabulary)
-        slices[peer] = affordable_vocabulary(predicted, options.max_seconds, vocabulary)
+        slices[peer], predicted = affordable(peer, dtype, head, options)
         results[peer] = {"predicted_s": predicted}
         if slices[peer] != vocabulary:
             results[peer]["extrapolated_from_V"] = slices[peer]
