@@ -277,7 +277,6 @@ Result linear_token_logps_backward(
       convert_rows(right_in, p.result, right);
     }
     const Tensor out = empty_as(like, sizes_of(like), dtype_of(like));
-    advise_huge_pages(out);
     const std::vector<int64_t> as_matrix{like.size(0), right.size(1)};
     backward.add_vocab_gradient(right, torch::stable::view(out, as_matrix));
     return OptionalTensor(out);

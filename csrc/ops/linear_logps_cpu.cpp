@@ -92,7 +92,6 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
   OptionalTensor kept, anchors;
   if (keep_rows_at_most > 0) {
     kept = empty_as(hidden, {keep_rows, p.vocab}, p.compute);
-    advise_huge_pages(*kept);
     anchors = zeros_as(hidden, {keep_rows, p.tiles}, p.result);
   }
   char* kept_data = kept ? static_cast<char*>(kept->data_ptr()) : nullptr;

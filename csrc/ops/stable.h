@@ -20,10 +20,6 @@
 
 #include "core/numeric.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 // The text of the last error inside torch. Exists since torch 2.13, hence weak and declared here.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
@@ -135,19 +131,6 @@ inline Tensor empty_as(const Tensor& like, std::vector<int64_t> sizes, DType typ
 
 inline Tensor zeros_as(const Tensor& like, std::vector<int64_t> sizes, DType type) {
   return torch::stable::new_zeros(like, sizes, scalar_type_of(type));
-}
-
-// Asks for huge pages behind a fresh large tensor: filling it then costs a page fault per 2 MiB
-// instead of one per 4 KiB. Advice only: it fails silently and changes no value.
-inline void advise_huge_pages([[maybe_unused]] const Tensor& t) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t bytes = static_cast<uintptr_t>(t.numel() * size_of(dtype_of(t)));
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (begin + bytes) & ~(kHugePage - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 // Rows per parallel task so that starting it costs little: about 32k values.
