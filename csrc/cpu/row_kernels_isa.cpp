@@ -69,7 +69,7 @@ static double accumulate_as(const Segment& segment, const LogitTransform& transf
   const C* bias = static_cast<const C*>(segment.bias);
   with_type(segment.x_type, segment.x, [&](auto* x) { load_logits<C>(x, bias, n, f, z); });
 
-  if (metrics & kMeanLogits) s->sum += sum_of<C>(n, [&](int64_t i) { return z[i]; });
+  if (metrics & kMeanLogits) s->sum += sum_of(n, [&](int64_t i) { return z[i]; });
   const bool has_label = y >= 0 && y < n;
   const C before = max_of(z, 0, has_label ? y : n);
   const C after = has_label ? max_of(z, y + 1, n) : before;
@@ -94,22 +94,24 @@ static double accumulate_as(const Segment& segment, const LogitTransform& transf
   double factor = 1.0;
   if (max == -INFINITY) {  // nothing but masked logits so far: no anchor yet, no mass
     for (int64_t i = 0; i < n; ++i) exp_z[i] = z[i] == z[i] ? C(0) : z[i];
-    s->rest += sum_of<C>(n, [&](int64_t i) { return exp_z[i]; });
+    s->rest += sum_of(n, [&](int64_t i) { return exp_z[i]; });
   } else {
     factor = move_anchor(max, s);
     const C m = static_cast<C>(max);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) exp_z[i] = exp_nonpositive(z[i] - m);
-    s->rest += sum_of<C>(n, [&](int64_t i) { return exp_z[i]; });
+    s->rest += sum_of(n, [&](int64_t i) { return exp_z[i]; });
     if (metrics & kEntropy) {
       const C floor = exp_floor(C(0));
-      s->rest_z += sum_of<C>(n, [&](int64_t i) {
+      s->rest_z += sum_of(n, [&](int64_t i) {
         const C d = z[i] - m;
-        return exp_z[i] * (d < floor ? floor : d);
+        return static_cast<double>(exp_z[i]) * static_cast<double>(d < floor ? floor : d);
       });
     }
     if (metrics & kLogSumSqProbs) {
-      s->rest_sq += sum_of<C>(n, [&](int64_t i) { return exp_z[i] * exp_z[i]; });
+      s->rest_sq += sum_of(n, [&](int64_t i) {
+        return static_cast<double>(exp_z[i]) * static_cast<double>(exp_z[i]);
+      });
     }
   }
   if (e != nullptr) {
@@ -245,10 +247,9 @@ static double dot(DType compute, const void* a, DType a_type, const void* b, DTy
   return with_type(a_type, a, [&](auto* p) {
     return with_type(b_type, b, [&](auto* q) {
       if (compute == DType::f64) {
-        return sum_of<double>(n,
-                              [&](int64_t i) { return load<double>(p[i]) * load<double>(q[i]); });
+        return sum_of(n, [&](int64_t i) { return load<double>(p[i]) * load<double>(q[i]); });
       }
-      return sum_of<float>(n, [&](int64_t i) { return load<float>(p[i]) * load<float>(q[i]); });
+      return sum_of(n, [&](int64_t i) { return load<float>(p[i]) * load<float>(q[i]); });
     });
   });
 }

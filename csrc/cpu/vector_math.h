@@ -103,21 +103,13 @@ static inline auto with_type(DType type, const void* x, F f) {
   return f(static_cast<const float*>(x));
 }
 
-// Values summed in the compute type before fp64 takes over. Short, because a lane that holds a
-// large value loses addends below half its ulp: over 1024 values that alone cost 1.5e-6 of a sum.
-constexpr int64_t kSumBlock = 256;
-
-// Sums f(i), i in [0, n): in C within a block, in fp64 beyond.
-template <typename C, typename F>
+// Sums f(i), i in [0, n), in fp64: fp32 sums of a few hundred terms cost more than all terms' own
+// errors, and how much depends on the width of a vector.
+template <typename F>
 static inline double sum_of(int64_t n, F f) {
   double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
-    C part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = begin; i < end; ++i) part += f(i);
-    total += static_cast<double>(part);
-  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(f(i));
   return total;
 }
 
