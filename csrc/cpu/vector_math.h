@@ -103,13 +103,21 @@ static inline auto with_type(DType type, const void* x, F f) {
   return f(static_cast<const float*>(x));
 }
 
+// Values summed in one go: blocks are summed first, then their sums, which keeps fp64 inputs exact.
+constexpr int64_t kSumBlock = 256;
+
 // Sums f(i), i in [0, n), in fp64: fp32 sums of a few hundred terms cost more than all terms' own
 // errors, and how much depends on the width of a vector.
 template <typename F>
 static inline double sum_of(int64_t n, F f) {
   double total = 0.0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(f(i));
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
+    double part = 0.0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = begin; i < end; ++i) part += static_cast<double>(f(i));
+    total += part;
+  }
   return total;
 }
 
