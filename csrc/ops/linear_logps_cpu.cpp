@@ -9,6 +9,7 @@
 // which is the unit gradient: it does not depend on the loss, and backward only scales its rows.
 #include <cmath>
 
+#include "core/finish_row.h"
 #include "ops/linear_problem.h"
 #include "ops/row_outputs.h"
 
