@@ -20,6 +20,12 @@ enum GradientNeed : unsigned {
 inline constexpr int kInputs = 5;
 inline constexpr unsigned kNeedLogps = 15;
 
+FUSEDPO_HD inline int64_t count_bits(unsigned bits) {
+  int64_t count = 0;
+  for (; bits != 0; bits &= bits - 1) ++count;
+  return count;
+}
+
 // Which losses of a list sort the batch (bits). Their derivatives follow the permutation, so each
 // has one more row of `gradients`, by position in the sorted batch, and two rows of `order`.
 enum SortedLoss : unsigned { kSortedAot = 1, kSortedAotUnpaired = 2 };
@@ -29,6 +35,15 @@ struct LossItem {
   double weight;
   double nll_weight;  // factor of chosen_nll within the loss
 };
+
+FUSEDPO_HD inline unsigned sorted_losses(const LossItem* items, int64_t count) {
+  unsigned sorted = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (items[i].loss == PairLoss::kAot) sorted |= kSortedAot;
+    if (items[i].loss == PairLoss::kAotUnpaired) sorted |= kSortedAotUnpaired;
+  }
+  return sorted;
+}
 
 // The inputs [B]. Pointers to what no loss of the list needs may be null.
 template <typename T>

@@ -65,21 +65,6 @@ void add_sorted(SortedLoss sorted, double weight, const PairOptions& options,
 
 }  // namespace
 
-int64_t count_bits(unsigned bits) {
-  int64_t count = 0;
-  for (; bits != 0; bits &= bits - 1) ++count;
-  return count;
-}
-
-unsigned sorted_losses(const std::vector<LossItem>& items) {
-  unsigned sorted = 0;
-  for (const LossItem& item : items) {
-    if (item.loss == PairLoss::kAot) sorted |= kSortedAot;
-    if (item.loss == PairLoss::kAotUnpaired) sorted |= kSortedAotUnpaired;
-  }
-  return sorted;
-}
-
 template <typename T>
 void evaluate_pairs(const std::vector<LossItem>& items, const PairOptions& options,
                     const PairBatch<T>& batch, double scale, unsigned needs,
@@ -97,7 +82,7 @@ void evaluate_pairs(const std::vector<LossItem>& items, const PairOptions& optio
 
   // Sorted losses come first: they fill the sums by position, where the loop below adds the others.
   std::vector<double> sorted_sums;
-  const unsigned sorted = sorted_losses(items);
+  const unsigned sorted = sorted_losses(items.data(), static_cast<int64_t>(items.size()));
   if (sorted != 0) {
     sorted_sums.assign(static_cast<size_t>(batch.count), 0.0);
     T* slopes =
