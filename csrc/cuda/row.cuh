@@ -1,0 +1,225 @@
+// A row of logits as a block sees it: whole 16-byte vectors, a few single values around them, and
+// the map from a stored value x to what is summed.
+//
+//   u = x           and z = inner u   for rows without bias and softcap: nothing is computed
+//   u = f(x + bias) and z = u         for the others
+//
+// Sums and gradients then work in bits: exp(z - max) = 2^(u bits - anchor), one fused multiply-add
+// (a single rounding, also where u is large) and one instruction for the power. Anchors are whole
+// numbers, so moving one multiplies by a power of two and rounds nothing. A row has less than 2^31
+// values.
+#pragma once
+
+#include "core/logit_row.h"
+#include "cuda/device.cuh"
+
+namespace fusedpo::cuda {
+
+constexpr double kLog2e = 1.44269504088896340736;
+
+// The type of a row's arithmetic; sums over more than a few dozen values are fp64.
+template <typename T>
+struct ComputeOf {
+  using Type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::Type;
+
+template <typename T>
+constexpr int kPerVector = 16 / static_cast<int>(sizeof(T));
+
+// ---- the values of one vector, in the compute type ------------------------------
+
+template <typename T>
+__device__ inline void unpack(const Words& words, float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) unpack(words.w[i], static_cast<T*>(nullptr), &x[2 * i], &x[2 * i + 1]);
+}
+
+template <typename T>
+__device__ inline void unpack(const Words& words, float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = bits_to_float(words.w[i]);
+}
+
+template <typename T>
+__device__ inline void unpack(const Words& words, double (&x)[2]) {
+  memcpy(x, words.w, sizeof words);
+}
+
+template <typename T>
+__device__ inline Words pack_all(const float (&x)[8]) {
+  Words words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words.w[i] = pack(x[2 * i], x[2 * i + 1], static_cast<T*>(nullptr));
+  return words;
+}
+
+template <typename T>
+__device__ inline Words pack_all(const float (&x)[4]) {
+  Words words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words.w[i] = float_to_bits(x[i]);
+  return words;
+}
+
+template <typename T>
+__device__ inline Words pack_all(const double (&x)[2]) {
+  Words words;
+  memcpy(words.w, x, sizeof words);
+  return words;
+}
+
+// Of a NaN and a number the number.
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
+
+// The largest of the values of a vector. Halves are compared two at a time, before they are
+// converted.
+template <typename T>
+__device__ inline Compute<T> largest(const Words& words) {
+  if constexpr (sizeof(T) == 2) {
+    T* const type = nullptr;
+    const uint32_t pair = max_halves(max_halves(words.w[0], words.w[1], type),
+                                     max_halves(words.w[2], words.w[3], type), type);
+    float low, high;
+    unpack(pair, type, &low, &high);
+    return larger(low, high);
+  } else {
+    Compute<T> x[kPerVector<T>];
+    unpack<T>(words, x);
+    Compute<T> most = x[0];
+#pragma unroll
+    for (int i = 1; i < kPerVector<T>; ++i) most = larger(most, x[i]);
+    return most;
+  }
+}
+
+// ---- where a row's vectors lie --------------------------------------------------
+
+// Values [0, head) lie before the first 16-byte boundary, then come `vectors` vectors, then
+// [tail, cols).
+template <typename T>
+struct RowSplit {
+  int head, vectors, tail, cols;
+
+  __device__ RowSplit(const T* data, int cols_) : cols(cols_) {
+    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
+    head = past == 0 ? 0 : kPerVector<T> - past;
+    head = head < cols ? head : cols;
+    vectors = (cols - head) / kPerVector<T>;
+    tail = head + vectors * kPerVector<T>;
+  }
+
+  // The vector that value v is in, or -1.
+  __device__ int vector_of(int v) const {
+    return v < head || v >= tail ? -1 : (v - head) / kPerVector<T>;
+  }
+
+  __device__ int begin_of(int vector) const { return head + vector * kPerVector<T>; }
+};
+
+// ---- two kinds of rows ----------------------------------------------------------
+
+template <typename T>
+struct PlainRow {
+  using Value = T;
+  using C = Compute<T>;
+  static constexpr bool kPlain = true;
+  static constexpr int kBatch = 4;  // vectors that a thread has in flight
+
+  const T* data;
+  C bits;       // per u
+  double inner; // z per u, positive
+
+  __device__ PlainRow(const T* data_, const LogitTransform& f, const void*)
+      : data(data_), inner(f.scale / f.temperature) {
+    bits = static_cast<C>(inner * kLog2e);
+  }
+
+  __device__ C u(C x, int) const { return x; }
+  // d z / d x, and what u's part of it is where that varies within the row.
+  __device__ double slope() const { return inner; }
+  __device__ C relative_slope(C) const { return 1; }
+  // Of the label, from its x in higher precision.
+  __device__ double exact_z(double x, int, double* slope) const {
+    *slope = 1.0;
+    return inner * x;
+  }
+};
+
+// tanh within 3 ulp: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) beyond.
+__device__ inline float tanh_of(float x) {
+  const float a = fabsf(x), q = x * x;
+  float p = -5.70498872745e-3f;
+  p = fmaf(p, q, 2.06390887954e-2f);
+  p = fmaf(p, q, -5.37397155531e-2f);
+  p = fmaf(p, q, 1.33314422036e-1f);
+  p = fmaf(p, q, -3.33332819422e-1f);
+  const float small = fmaf(x * q, p, x);
+  const float e = exp2_fast(-2.885390081777927f * a);
+  const float large = copysignf((1.0f - e) * reciprocal(1.0f + e), x);
+  return a < 0.625f ? small : large;
+}
+
+__device__ inline double tanh_of(double x) { return tanh(x); }
+
+// With bias, softcap or a scale that is not positive.
+template <typename T>
+struct TransformedRow {
+  using Value = T;
+  using C = Compute<T>;
+  static constexpr bool kPlain = false;
+  static constexpr int kBatch = 2;
+
+  const T* data;
+  C bits;
+  double inner = 1.0;
+  const C* bias;  // by column, or null
+  C scale, cap, slope_per_u;
+  LogitTransform f;
+
+  __device__ TransformedRow(const T* data_, const LogitTransform& f_, const void* bias_)
+      : data(data_), bits(static_cast<C>(kLog2e)), bias(static_cast<const C*>(bias_)), f(f_) {
+    const bool capped = f.softcap > 0.0;
+    scale = static_cast<C>(f.scale / (capped ? f.softcap : f.temperature));
+    cap = static_cast<C>(capped ? f.softcap / f.temperature : 0.0);
+    slope_per_u = static_cast<C>(capped ? f.temperature / f.softcap : 0.0);
+  }
+
+  __device__ C u(C x, int v) const {
+    const C in = scale * (bias == nullptr ? x : x + bias[v]);
+    return f.softcap > 0.0 ? cap * tanh_of(in) : in;
+  }
+
+  // d u / d x = slope (1 - tanh^2)
+  __device__ double slope() const { return f.scale / f.temperature; }
+  __device__ C relative_slope(C u) const {
+    const C t = u * slope_per_u;
+    return (1 - t) * (1 + t);
+  }
+
+  __device__ double exact_z(double x, int v, double* slope) const {
+    const double in = f.scale * (bias == nullptr ? x : x + static_cast<double>(bias[v]));
+    *slope = 1.0;
+    if (!(f.softcap > 0.0)) return in / f.temperature;
+    const double t = tanh(in / f.softcap);
+    *slope = (1.0 - t) * (1.0 + t);
+    return f.softcap * t / f.temperature;
+  }
+};
+
+template <typename Row>
+__device__ inline typename Row::C single_u(const Row& row, int v) {
+  return row.u(static_cast<typename Row::C>(to_float(row.data[v])), v);
+}
+
+inline bool is_plain(const LogitTransform& f, const void* bias) {
+  return bias == nullptr && !(f.softcap > 0.0) && f.scale > 0.0;
+}
+
+}  // namespace fusedpo::cuda

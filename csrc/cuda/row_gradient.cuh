@@ -1,0 +1,138 @@
+// The writing pass: d loss / d x over one row by one block, from the row and what is known of it.
+//
+//   d loss / d x_v = k (1 - tanh^2) (g_l (1[v = y] - p_v) - g_h p_v (log p_v + h))
+//
+// with g_l, g_h the upstream gradients of logp and entropy, h the entropy, k = scale / temperature.
+// With t = u bits - anchor, p_v = 2^t f and log p_v = (t - c) / bits per nat: so off the label it
+// is 2^t (constant + linear t), times 1 - tanh^2. A value costs, besides its load and its store:
+// two conversions (16-bit types), a multiply-add, a power and a multiplication. Vectors are walked
+// from the end of the row: what the reading pass read last is still in the L2 cache.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/row.cuh"
+#include "cuda/row_sums.cuh"
+
+namespace fusedpo::cuda {
+
+template <typename C>
+struct RowCoefficients {
+  C anchor, constant, linear;
+};
+
+// Coefficients of a row, times `scale`; writes the label's own entry to `at_label`.
+template <typename Row>
+__device__ inline RowCoefficients<typename Row::C> coefficients(const Row& row,
+                                                                const RowGradient& g, int label,
+                                                                double target_slope, double scale,
+                                                                double* at_label) {
+  const double bits = static_cast<double>(row.bits) / row.inner;  // per nat
+  const double anchor = std::ceil(g.max * bits);
+  const double offset = (g.max * bits - anchor) + g.log_sum * bits;
+  const double k = scale * row.slope();
+  const double share = -k * exp2(-offset);
+  RowCoefficients<typename Row::C> c;
+  c.anchor = static_cast<typename Row::C>(anchor);
+  c.constant = static_cast<typename Row::C>(
+      share * (g.grad_logp + g.grad_entropy * (g.entropy - offset / bits)));
+  c.linear = static_cast<typename Row::C>(share * g.grad_entropy / bits);
+
+  double at = g.grad_logp * g.rest_share;
+  if (g.grad_entropy != 0.0) {
+    double slope;
+    const double logp =
+        row.exact_z(static_cast<double>(to_float(row.data[label])), label, &slope) - g.max -
+        g.log_sum;
+    const double p = exp(logp);
+    at -= p == 0.0 ? 0.0 : g.grad_entropy * p * (logp + g.entropy);
+  }
+  *at_label = k * target_slope * at;
+  return c;
+}
+
+template <typename Row, bool kEntropy>
+__device__ inline typename Row::C gradient_of(const Row& row, typename Row::C u,
+                                              const RowCoefficients<typename Row::C>& c) {
+  using C = typename Row::C;
+  const C t = std::fma(u, row.bits, -c.anchor);
+  const C e = exp2_fast(t);
+  const C g = e * (kEntropy ? std::fma(c.linear, bounded_below(t), c.constant) : c.constant);
+  return Row::kPlain ? g : g * row.relative_slope(u);
+}
+
+template <typename T>
+__device__ inline void store_value(T* out, Compute<T> x) {
+  from_float(x, out);
+}
+
+// Writes every entry; `out` may be the row itself. Then the label's is still wrong.
+template <typename Row, bool kEntropy>
+__device__ inline void write_row(const Row& row, const RowSplit<typename Row::Value>& split,
+                                 const RowCoefficients<typename Row::C>& c,
+                                 typename Row::Value* out) {
+  using T = typename Row::Value;
+  constexpr int kPer = kPerVector<T>, kBatch = Row::kBatch;
+  const int threads = static_cast<int>(blockDim.x);
+  const bool aligned = reinterpret_cast<uintptr_t>(out + split.head) % 16 == 0;
+  for (int i = split.vectors - 1 - static_cast<int>(threadIdx.x); i >= 0; i -= kBatch * threads) {
+    Words words[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int vector = i - b * threads;
+      if (vector >= 0) words[b] = load_words_last(row.data + split.begin_of(vector));
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int vector = i - b * threads, begin = split.begin_of(vector);
+      if (vector < 0) continue;
+      typename Row::C x[kPer];
+      unpack<T>(words[b], x);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) x[j] = gradient_of<Row, kEntropy>(row, row.u(x[j], begin + j), c);
+      if (aligned) {
+        store_words(out + begin, pack_all<T>(x));
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) store_value(out + begin + j, x[j]);
+      }
+    }
+  }
+  const int single = single_of(split, -1);
+  if (single >= 0) {
+    store_value(out + single, gradient_of<Row, kEntropy>(row, single_u(row, single), c));
+  }
+}
+
+// d loss / d x times `scale` to `out`, which may be the row. Every thread of the block calls it; g
+// and target_slope count in thread 0 only.
+template <typename Row>
+__device__ inline void write_gradient(const Row& row, int cols, int label, const RowGradient& g,
+                                      double target_slope, double scale, typename Row::Value* out) {
+  using C = typename Row::C;
+  __shared__ RowCoefficients<C> shared;
+  const RowSplit<typename Row::Value> split(row.data, cols);
+  double at_label = 0.0;
+  if (threadIdx.x == 0) shared = coefficients(row, g, label, target_slope, scale, &at_label);
+  __syncthreads();
+  const RowCoefficients<C> c = shared;
+  if (c.linear == C(0)) {
+    write_row<Row, false>(row, split, c, out);
+  } else {
+    write_row<Row, true>(row, split, c, out);
+  }
+  __syncthreads();  // the label's entry is written twice
+  if (threadIdx.x == 0) store_value(out + label, static_cast<C>(at_label));
+}
+
+// A row of zeros.
+template <typename T>
+__device__ inline void write_zeros(T* out, int cols) {
+  const RowSplit<T> split(out, cols);
+  for (int i = static_cast<int>(threadIdx.x); i < split.vectors; i += static_cast<int>(blockDim.x)) {
+    store_words(out + split.begin_of(i), Words{});
+  }
+  const int single = single_of(split, -1);
+  if (single >= 0) out[single] = T{};
+}
+
+}  // namespace fusedpo::cuda
