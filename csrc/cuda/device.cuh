@@ -157,7 +157,7 @@ __device__ inline float exp2_fast(float x) {
 #endif
 }
 
-__device__ inline double exp2_fast(double x) { return exp2(x); }
+__device__ FUSEDPO_OUTLINED inline double exp2_fast(double x) { return exp2(x); }
 
 // 1 / x within 1 ulp, for x in the normal range.
 __device__ inline float reciprocal(float x) {

@@ -25,11 +25,11 @@ struct ScoreArgs {
 };
 
 template <typename R>
-__device__ void store_stats(void* stats, int64_t i, const RowResult& r, double target_slope) {
+__device__ void store_stats(void* stats, int64_t i, const RowResult& r, double relative_slope) {
   store_at<R>(stats, 4 * i, r.max);
   store_at<R>(stats, 4 * i + 1, r.log_sum);
   store_at<R>(stats, 4 * i + 2, r.rest_share);
-  store_at<R>(stats, 4 * i + 3, target_slope);
+  store_at<R>(stats, 4 * i + 3, relative_slope);
 }
 
 // Grid: one block for each row: one read; with write_unit a second one, from the L2 cache as far as
@@ -56,20 +56,22 @@ __global__ void __launch_bounds__(kMaxThreads) score(ScoreArgs args) {
   const int y = valid ? static_cast<int>(label) : 0;
   const Row row(data, rows.transform, rows.bias);
   const double exact = value_at<R>(rows.exact_targets, i, 0.0);
-  RowScore s = score_row<Row, kMetrics, false>(row, cols, y,
-                                               rows.exact_targets == nullptr ? nullptr : &exact);
-  if (!valid) s.result = invalid();
-  if (threadIdx.x == 0) {
-    store_result<R>(args.out, position, s.result);
-    store_stats<R>(args.stats, i, s.result, s.target_slope);
-  }
-  if (!args.write_unit) return;
+  __shared__ RowScore s;
+  score_row<Row, kMetrics, false>(row, cols, y, rows.transform,
+                                  rows.exact_targets == nullptr ? nullptr : &exact, &s);
   RowGradient g{};
-  g.max = s.result.max;
-  g.log_sum = s.result.log_sum;
-  g.rest_share = s.result.rest_share;
-  g.grad_logp = 1.0;
-  write_gradient(row, cols, y, g, s.target_slope, args.unit_scale, data);
+  if (threadIdx.x == 0) {
+    if (!valid) s.result = invalid();
+    store_result<R>(args.out, position, s.result);
+    store_stats<R>(args.stats, i, s.result, s.relative_slope);
+    g.max = s.result.max;
+    g.log_sum = s.result.log_sum;
+    g.rest_share = s.result.rest_share;
+    g.grad_logp = 1.0;
+  }
+  if (args.write_unit) {
+    write_gradient(row, cols, y, rows.transform, g, s.relative_slope, args.unit_scale, data);
+  }
 }
 
 struct GradientArgs {
@@ -101,10 +103,10 @@ __global__ void __launch_bounds__(kMaxThreads) differentiate(GradientArgs args) 
   g.log_sum = value_at<R>(args.stats, 4 * i + 1, 0.0);
   g.rest_share = value_at<R>(args.stats, 4 * i + 2, 0.0);
   g.entropy = value_at<R>(args.entropy, position, 0.0);
-  const double target_slope = value_at<R>(args.stats, 4 * i + 3, 0.0);
+  const double relative_slope = value_at<R>(args.stats, 4 * i + 3, 0.0);
   const bool valid = label >= 0 && label < cols;  // otherwise stats are NaN, and so is all of it
   const Row row(data, rows.transform, rows.bias);
-  write_gradient(row, cols, valid ? static_cast<int>(label) : 0, g, target_slope,
+  write_gradient(row, cols, valid ? static_cast<int>(label) : 0, rows.transform, g, relative_slope,
                  value_at<R>(args.alpha, 0, 1.0), data);
 }
 

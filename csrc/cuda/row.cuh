@@ -125,31 +125,37 @@ struct RowSplit {
 
 // ---- two kinds of rows ----------------------------------------------------------
 
+// Logits of this many bits are so far apart that the softmax has room for equal ones only: there any
+// `bits` gives the same, and kFewBits, a power of two, keeps products in range.
+template <typename C>
+constexpr double kExtremeBits = sizeof(C) == 4 ? 0x1p96 : 0x1p1020;
+template <typename C>
+constexpr double kFewBits = sizeof(C) == 4 ? 0x1p-64 : 0x1p-32;
+
+template <typename C>
+__device__ inline bool is_extreme(double u, double bits) {
+  return fabs(u) < static_cast<double>(INFINITY) && !(fabs(u * bits) < kExtremeBits<C>);
+}
+
 template <typename T>
 struct PlainRow {
   using Value = T;
   using C = Compute<T>;
   static constexpr bool kPlain = true;
-  static constexpr int kBatch = 4;  // vectors that a thread has in flight
+  static constexpr int kBatch = sizeof(T) == 8 ? 2 : 4;  // vectors that a thread has in flight
 
   const T* data;
-  C bits;       // per u
-  double inner; // z per u, positive
+  double inner;  // z per u, positive
+  C bits;        // per u
 
   __device__ PlainRow(const T* data_, const LogitTransform& f, const void*)
-      : data(data_), inner(f.scale / f.temperature) {
-    bits = static_cast<C>(inner * kLog2e);
-  }
+      : data(data_), inner(f.scale / f.temperature), bits(static_cast<C>(inner * kLog2e)) {}
 
   __device__ C u(C x, int) const { return x; }
-  // d z / d x, and what u's part of it is where that varies within the row.
+  // d z / d x where tanh' = 1, and what the factor tanh' is elsewhere.
   __device__ double slope() const { return inner; }
   __device__ C relative_slope(C) const { return 1; }
-  // Of the label, from its x in higher precision.
-  __device__ double exact_z(double x, int, double* slope) const {
-    *slope = 1.0;
-    return inner * x;
-  }
+  __device__ double bias_at(int) const { return 0.0; }
 };
 
 // tanh within 3 ulp: an odd polynomial near 0, (1 - e) / (1 + e) with e = exp(-2|x|) beyond.
@@ -166,7 +172,7 @@ __device__ inline float tanh_of(float x) {
   return a < 0.625f ? small : large;
 }
 
-__device__ inline double tanh_of(double x) { return tanh(x); }
+__device__ FUSEDPO_OUTLINED inline double tanh_of(double x) { return tanh(x); }
 
 // With bias, softcap or a scale that is not positive.
 template <typename T>
@@ -175,46 +181,52 @@ struct TransformedRow {
   using C = Compute<T>;
   static constexpr bool kPlain = false;
   static constexpr int kBatch = 2;
+  static constexpr double inner = 1.0;
 
   const T* data;
-  C bits;
-  double inner = 1.0;
   const C* bias;  // by column, or null
-  C scale, cap, slope_per_u;
-  LogitTransform f;
+  bool capped;
+  C scale, cap, u_to_tanh, bits;
+  double slope_;
 
-  __device__ TransformedRow(const T* data_, const LogitTransform& f_, const void* bias_)
-      : data(data_), bits(static_cast<C>(kLog2e)), bias(static_cast<const C*>(bias_)), f(f_) {
-    const bool capped = f.softcap > 0.0;
-    scale = static_cast<C>(f.scale / (capped ? f.softcap : f.temperature));
-    cap = static_cast<C>(capped ? f.softcap / f.temperature : 0.0);
-    slope_per_u = static_cast<C>(capped ? f.temperature / f.softcap : 0.0);
-  }
+  __device__ TransformedRow(const T* data_, const LogitTransform& f, const void* bias_)
+      : data(data_),
+        bias(static_cast<const C*>(bias_)),
+        capped(f.softcap > 0.0),
+        scale(static_cast<C>(f.scale / (capped ? f.softcap : f.temperature))),
+        cap(static_cast<C>(capped ? f.softcap / f.temperature : 0.0)),
+        u_to_tanh(static_cast<C>(capped ? f.temperature / f.softcap : 0.0)),
+        bits(static_cast<C>(kLog2e)),
+        slope_(f.scale / f.temperature) {}
 
   __device__ C u(C x, int v) const {
     const C in = scale * (bias == nullptr ? x : x + bias[v]);
-    return f.softcap > 0.0 ? cap * tanh_of(in) : in;
+    return capped ? cap * tanh_of(in) : in;
   }
-
-  // d u / d x = slope (1 - tanh^2)
-  __device__ double slope() const { return f.scale / f.temperature; }
+  __device__ double slope() const { return slope_; }
   __device__ C relative_slope(C u) const {
-    const C t = u * slope_per_u;
+    const C t = u * u_to_tanh;
     return (1 - t) * (1 + t);
   }
-
-  __device__ double exact_z(double x, int v, double* slope) const {
-    const double in = f.scale * (bias == nullptr ? x : x + static_cast<double>(bias[v]));
-    *slope = 1.0;
-    if (!(f.softcap > 0.0)) return in / f.temperature;
-    const double t = tanh(in / f.softcap);
-    *slope = (1.0 - t) * (1.0 + t);
-    return f.softcap * t / f.temperature;
+  __device__ double bias_at(int v) const {
+    return bias == nullptr ? 0.0 : static_cast<double>(bias[v]);
   }
 };
 
+// The label's z in fp64, and 1 - tanh^2 there, from x with its bias.
+struct LabelLogit {
+  double z, relative_slope;
+};
+
+__device__ FUSEDPO_OUTLINED inline LabelLogit label_logit(double x, double scale, double softcap,
+                                                          double temperature) {
+  if (!(softcap > 0.0)) return {scale * x / temperature, 1.0};
+  const double t = tanh(scale * x / softcap);
+  return {softcap * t / temperature, (1.0 - t) * (1.0 + t)};
+}
+
 template <typename Row>
-__device__ inline typename Row::C single_u(const Row& row, int v) {
+__device__ inline typename Row::C u_at(const Row& row, int v) {
   return row.u(static_cast<typename Row::C>(to_float(row.data[v])), v);
 }
 

@@ -15,46 +15,44 @@
 
 namespace fusedpo::cuda {
 
-template <typename C>
 struct RowCoefficients {
-  C anchor, constant, linear;
+  double bits, anchor, constant, linear;
+  double at_label;  // the label's own entry
 };
 
-// Coefficients of a row, times `scale`; writes the label's own entry to `at_label`.
-template <typename Row>
-__device__ inline RowCoefficients<typename Row::C> coefficients(const Row& row,
-                                                                const RowGradient& g, int label,
-                                                                double target_slope, double scale,
-                                                                double* at_label) {
-  const double bits = static_cast<double>(row.bits) / row.inner;  // per nat
-  const double anchor = std::ceil(g.max * bits);
-  const double offset = (g.max * bits - anchor) + g.log_sum * bits;
-  const double k = scale * row.slope();
-  const double share = -k * exp2(-offset);
-  RowCoefficients<typename Row::C> c;
-  c.anchor = static_cast<typename Row::C>(anchor);
-  c.constant = static_cast<typename Row::C>(
-      share * (g.grad_logp + g.grad_entropy * (g.entropy - offset / bits)));
-  c.linear = static_cast<typename Row::C>(share * g.grad_entropy / bits);
-
-  double at = g.grad_logp * g.rest_share;
+// `bits` per nat; k = scale / temperature, times whatever the caller wants; label_z: used where the
+// entropy has a gradient.
+__device__ FUSEDPO_OUTLINED inline RowCoefficients row_coefficients(const RowGradient& g,
+                                                                    double bits, double k,
+                                                                    double label_z,
+                                                                    double relative_slope) {
+  RowCoefficients c;
+  c.bits = bits;
+  c.anchor = std::ceil(g.max * bits);
+  const double below = g.max * bits - c.anchor;
+  const double share = -k * exp(-g.log_sum) * exp2(-below);
+  c.constant = share * (g.grad_logp + g.grad_entropy * (g.entropy - g.log_sum - below / bits));
+  c.linear = share * g.grad_entropy / bits;
+  double at_label = g.grad_logp * g.rest_share;
   if (g.grad_entropy != 0.0) {
-    double slope;
-    const double logp =
-        row.exact_z(static_cast<double>(to_float(row.data[label])), label, &slope) - g.max -
-        g.log_sum;
-    const double p = exp(logp);
-    at -= p == 0.0 ? 0.0 : g.grad_entropy * p * (logp + g.entropy);
+    const double logp = label_z - g.max - g.log_sum, p = exp(logp);
+    at_label -= p == 0.0 ? 0.0 : g.grad_entropy * p * (logp + g.entropy);
   }
-  *at_label = k * target_slope * at;
+  c.at_label = k * relative_slope * at_label;
   return c;
 }
 
+// The same in the compute type.
+template <typename C>
+struct Slopes {
+  C bits, anchor, constant, linear;
+};
+
 template <typename Row, bool kEntropy>
 __device__ inline typename Row::C gradient_of(const Row& row, typename Row::C u,
-                                              const RowCoefficients<typename Row::C>& c) {
+                                              const Slopes<typename Row::C>& c) {
   using C = typename Row::C;
-  const C t = std::fma(u, row.bits, -c.anchor);
+  const C t = std::fma(u, c.bits, -c.anchor);
   const C e = exp2_fast(t);
   const C g = e * (kEntropy ? std::fma(c.linear, bounded_below(t), c.constant) : c.constant);
   return Row::kPlain ? g : g * row.relative_slope(u);
@@ -68,8 +66,7 @@ __device__ inline void store_value(T* out, Compute<T> x) {
 // Writes every entry; `out` may be the row itself. Then the label's is still wrong.
 template <typename Row, bool kEntropy>
 __device__ inline void write_row(const Row& row, const RowSplit<typename Row::Value>& split,
-                                 const RowCoefficients<typename Row::C>& c,
-                                 typename Row::Value* out) {
+                                 const Slopes<typename Row::C>& c, typename Row::Value* out) {
   using T = typename Row::Value;
   constexpr int kPer = kPerVector<T>, kBatch = Row::kBatch;
   const int threads = static_cast<int>(blockDim.x);
@@ -99,29 +96,44 @@ __device__ inline void write_row(const Row& row, const RowSplit<typename Row::Va
   }
   const int single = single_of(split, -1);
   if (single >= 0) {
-    store_value(out + single, gradient_of<Row, kEntropy>(row, single_u(row, single), c));
+    store_value(out + single, gradient_of<Row, kEntropy>(row, u_at(row, single), c));
   }
 }
 
 // d loss / d x times `scale` to `out`, which may be the row. Every thread of the block calls it; g
-// and target_slope count in thread 0 only.
+// and relative_slope (1 - tanh^2 at the label) count in thread 0 only.
 template <typename Row>
-__device__ inline void write_gradient(const Row& row, int cols, int label, const RowGradient& g,
-                                      double target_slope, double scale, typename Row::Value* out) {
+__device__ inline void write_gradient(const Row& row, int cols, int label, const LogitTransform& f,
+                                      const RowGradient& g, double relative_slope, double scale,
+                                      typename Row::Value* out) {
   using C = typename Row::C;
-  __shared__ RowCoefficients<C> shared;
-  const RowSplit<typename Row::Value> split(row.data, cols);
-  double at_label = 0.0;
-  if (threadIdx.x == 0) shared = coefficients(row, g, label, target_slope, scale, &at_label);
+  __shared__ Slopes<C> shared;
+  C at_label = 0;
+  if (threadIdx.x == 0) {
+    const double per_u = static_cast<double>(row.bits);
+    const bool extreme = is_extreme<C>(g.max / row.inner, per_u);
+    const double bits = (extreme ? kFewBits<C> : per_u) / row.inner;
+    double z = 0.0;
+    if (g.grad_entropy != 0.0) {
+      z = label_logit(static_cast<double>(to_float(row.data[label])) + row.bias_at(label), f.scale,
+                      f.softcap, f.temperature)
+              .z;
+    }
+    const RowCoefficients c = row_coefficients(g, bits, scale * row.slope(), z, relative_slope);
+    shared = {static_cast<C>(c.bits * row.inner), static_cast<C>(c.anchor),
+              static_cast<C>(c.constant), static_cast<C>(c.linear)};
+    at_label = static_cast<C>(c.at_label);
+  }
   __syncthreads();
-  const RowCoefficients<C> c = shared;
+  const Slopes<C> c = shared;
+  const RowSplit<typename Row::Value> split(row.data, cols);
   if (c.linear == C(0)) {
     write_row<Row, false>(row, split, c, out);
   } else {
     write_row<Row, true>(row, split, c, out);
   }
   __syncthreads();  // the label's entry is written twice
-  if (threadIdx.x == 0) store_value(out + label, static_cast<C>(at_label));
+  if (threadIdx.x == 0) store_value(out + label, at_label);
 }
 
 // A row of zeros.

@@ -13,8 +13,11 @@
 
 namespace fusedpo::cuda {
 
-constexpr double kSlack = 11.5;       // 2^kSlack, and its square, are small for fp32
-constexpr double kNoAnchor = -0x1p97;  // below every logit that is not masked
+constexpr double kSlack = 11.5;  // 2^kSlack, and its square, are small for fp32
+
+// Below every logit that is not masked.
+template <typename C>
+constexpr C kNoAnchor = static_cast<C>(-2.0 * kExtremeBits<C>);
 
 // What a thread, a warp, then the block has seen of a row, the label left out.
 template <typename C>
@@ -27,7 +30,7 @@ struct RowSums {
   double rest_sq = 0.0;   // sum 2^2t
   double sum = 0.0;       // sum u
 
-  __device__ explicit RowSums(C anchor_) : anchor(anchor_) {}
+  __device__ explicit RowSums(C anchor_ = 0) : anchor(anchor_) {}
 
   __device__ void move_anchor(C to) {
     const double shift = static_cast<double>(anchor) - static_cast<double>(to);
@@ -53,7 +56,7 @@ __device__ inline C bounded_below(C t) {
 template <typename Row, bool kMetrics>
 __device__ inline void add_single(const Row& row, int v, RowSums<typename Row::C>* s) {
   using C = typename Row::C;
-  const C u = single_u(row, v);
+  const C u = u_at(row, v);
   if (u > s->max) s->max = u;
   s->make_room(u * row.bits);
   const C t = std::fma(u, row.bits, -s->anchor), e = exp2_fast(t);
@@ -123,7 +126,7 @@ __device__ inline void add_batch(const Row& row, const Words (&words)[kBatch],
         if (!kAll && !wanted[b]) continue;
 #pragma unroll 1
         for (int v = begin[b]; v < begin[b] + kPer; ++v) {
-          const C t = std::fma(single_u(row, v), row.bits, -anchor);
+          const C t = std::fma(u_at(row, v), row.bits, -anchor);
           of_t += exp2_fast(t) * bounded_below(t);
         }
       }
@@ -198,7 +201,7 @@ __device__ inline bool tie_before(const Row& row, const RowSplit<typename Row::V
                                   int label, typename Row::C u, int first) {
   const int label_vector = split.vector_of(label);
   const int single = single_of(split, label_vector);
-  bool found = single >= 0 && single < label && single_u(row, single) == u;
+  bool found = single >= 0 && single < label && u_at(row, single) == u;
   if (first < 0) return found;
   const Batches<Row> at(split, label_vector, first);
 #pragma unroll
@@ -206,7 +209,7 @@ __device__ inline bool tie_before(const Row& row, const RowSplit<typename Row::V
     if (!at.wanted[b] || at.begin[b] > label) continue;
 #pragma unroll 1
     for (int i = 0; i < kPerVector<typename Row::Value>; ++i) {
-      found = found || single_u(row, at.begin[b] + i) == u;
+      found = found || u_at(row, at.begin[b] + i) == u;
     }
   }
   return found;
@@ -231,6 +234,7 @@ __device__ inline void merge_block(RowSums<C>* s) {
   __shared__ C anchors[kWarpSize], maxima[kWarpSize];
   __shared__ double sums[kWarpSize][4];
   merge_warp<kMetrics>(s);
+  __syncthreads();  // the last call's results were read
   if (lane_id() == 0) {
     const unsigned w = warp_id();
     anchors[w] = s->anchor;
@@ -256,25 +260,51 @@ __device__ inline void merge_block(RowSums<C>* s) {
   merge_warp<kMetrics>(s);
 }
 
-// A scored row's results and, for its gradient, the slope at its label.
+// A scored row's results and, for its gradient, 1 - tanh^2 at its label.
 struct RowScore {
   RowResult result;
-  double target_slope;
+  double relative_slope;
 };
 
-// Reads a row and returns its results in thread 0. Every thread of the block calls it. `exact`:
-// the label's x in higher precision, or null.
+// From sums in bits of u to results in nats of z; `bits` per nat, `inner` z per u.
+__device__ FUSEDPO_OUTLINED inline void finish_sums(double anchor, double max_u, double rest,
+                                                    double rest_t, double rest_sq, double sum_u,
+                                                    double bits, double inner, double target,
+                                                    bool beaten, int cols, RowResult* out) {
+  RowStats stats;
+  stats.target = target;
+  stats.max = target > inner * max_u ? target : inner * max_u;
+  const double lift = anchor - stats.max * bits;
+  const double factor = exp2(lift);
+  stats.rest = factor * rest;
+  stats.rest_z = factor * (rest_t + rest * lift) / bits;
+  stats.rest_sq = factor * factor * rest_sq;
+  stats.sum = inner * sum_u;
+  stats.seen = true;
+  stats.beaten = beaten;
+  *out = finish_row(stats, cols);
+}
+
+// Reads a row; `score` is shared and written by thread 0. Every thread of the block calls it.
+// `exact`: the label's x in higher precision, or null.
 template <typename Row, bool kMetrics, bool kLast>
-__device__ inline RowScore score_row(const Row& row, int cols, int label, const double* exact) {
+__device__ inline void score_row(Row row, int cols, int label, const LogitTransform& f,
+                                 const double* exact, RowScore* score) {
   using C = typename Row::C;
   const RowSplit<typename Row::Value> split(row.data, cols);
   const C label_x = static_cast<C>(to_float(row.data[label])), label_u = row.u(label_x, label);
-  const C label_bits = label_u * row.bits;
-  RowSums<C> s(label_bits > C(kNoAnchor) && label_bits < INFINITY ? std::ceil(label_bits)
-                                                                  : C(kNoAnchor));
-  sum_thread<Row, kMetrics, kLast>(row, split, label, &s);
-  const C own_max = s.max;
-  merge_block<kMetrics>(&s);
+  RowSums<C> s{};
+  C own_max = 0;
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const C label_bits = label_u * row.bits;
+    const bool usable = label_bits > kNoAnchor<C> && label_bits < -kNoAnchor<C>;
+    s = RowSums<C>(usable ? std::ceil(label_bits) : kNoAnchor<C>);
+    sum_thread<Row, kMetrics, kLast>(row, split, label, &s);
+    own_max = s.max;
+    merge_block<kMetrics>(&s);
+    if (!is_extreme<C>(larger(s.max, label_u), row.bits)) break;
+    row.bits = static_cast<C>(kFewBits<C>);
+  }
 
   // Nothing stands before the first value: there even -inf, or NaN as in torch, is a maximum.
   bool beaten = s.max > label_u || (label > 0 && !(label_u > -INFINITY));
@@ -282,25 +312,14 @@ __device__ inline RowScore score_row(const Row& row, int cols, int label, const 
     beaten = __syncthreads_or(own_max == s.max &&
                               tie_before(row, split, label, label_u, s.first)) != 0;
   }
-  RowScore score{};
-  if (threadIdx.x != 0) return score;
-
-  RowStats stats;
-  stats.target = row.exact_z(exact == nullptr ? static_cast<double>(label_x) : *exact, label,
-                             &score.target_slope);
-  stats.max = row.inner * static_cast<double>(s.max);
-  if (stats.target > stats.max) stats.max = stats.target;
-  const double bits = static_cast<double>(row.bits) / row.inner;  // per nat
-  const double lift = static_cast<double>(s.anchor) - stats.max * bits;
-  const double factor = exp2(lift);
-  stats.rest = factor * s.rest;
-  stats.rest_z = factor * (s.rest_t + s.rest * lift) / bits;
-  stats.rest_sq = factor * factor * s.rest_sq;
-  stats.sum = row.inner * (s.sum + static_cast<double>(label_u));
-  stats.seen = true;
-  stats.beaten = beaten;
-  score.result = finish_row(stats, cols);
-  return score;
+  if (threadIdx.x != 0) return;
+  const double x = exact == nullptr ? static_cast<double>(label_x) : *exact;
+  const LabelLogit of_label =
+      label_logit(x + row.bias_at(label), f.scale, f.softcap, f.temperature);
+  score->relative_slope = of_label.relative_slope;
+  finish_sums(s.anchor, s.max, s.rest, s.rest_t, s.rest_sq, s.sum + static_cast<double>(label_u),
+              static_cast<double>(row.bits) / row.inner, row.inner, of_label.z, beaten, cols,
+              &score->result);
 }
 
 }  // namespace fusedpo::cuda

@@ -39,9 +39,11 @@ __global__ void __launch_bounds__(kThreads) score(ForwardArgs args) {
     return;
   }
   const T* data = static_cast<const T*>(args.logits.data) + args.logits.layout.offset(position);
-  const PlainRow<T> row(data, {1.0, 0.0, args.temperature}, nullptr);
-  const RowScore s = score_row<PlainRow<T>, kMetrics, true>(
-      row, static_cast<int>(args.logits.cols), static_cast<int>(label), nullptr);
+  const LogitTransform f{1.0, 0.0, args.temperature};
+  const PlainRow<T> row(data, f, nullptr);
+  __shared__ RowScore s;
+  score_row<PlainRow<T>, kMetrics, true>(row, static_cast<int>(args.logits.cols),
+                                         static_cast<int>(label), f, nullptr, &s);
   if (threadIdx.x == 0) store_row<R>(args, position, s.result);
 }
 
@@ -74,9 +76,10 @@ __global__ void __launch_bounds__(kThreads) differentiate(BackwardArgs args) {
   g.rest_share = value_at<R>(args.stats, 3 * position + 2, 0.0);
   g.entropy = value_at<R>(args.entropy, position, 0.0);
   const T* data = static_cast<const T*>(args.logits.data) + args.logits.layout.offset(position);
-  const PlainRow<T> row(data, {1.0, 0.0, args.temperature}, nullptr);
+  const LogitTransform f{1.0, 0.0, args.temperature};
+  const PlainRow<T> row(data, f, nullptr);
   const bool valid = label >= 0 && label < cols;  // otherwise stats are NaN, and so is all of it
-  write_gradient(row, cols, valid ? static_cast<int>(label) : 0, g, 1.0, 1.0, out);
+  write_gradient(row, cols, valid ? static_cast<int>(label) : 0, f, g, 1.0, 1.0, out);
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ PairResult evaluate(const Device& device, const std::vector<LossItem>& items,
                     int64_t reduction, unsigned needs) {
   const ScalarType type = like.scalar_type();
   const int64_t sorted =
-      count_bits(sorted_losses(items.data(), static_cast<int64_t>(items.size())));
+      count_bits(ListTraits(items.data(), static_cast<int>(items.size())).sorted);
   const int64_t rows = count_bits(needs) + ((needs & kNeedLogps) != 0 ? sorted : 0);
   Tensor loss = device.empty({}, type), losses = device.empty({batch.count}, type);
   Tensor chosen = device.empty({batch.count}, type), rejected = device.empty({batch.count}, type);
