@@ -90,7 +90,7 @@ struct UnpairedArgs {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) completions(UnpairedArgs<T> args) {
   UnpairedOptions options = args.options;
-  if (args.shift_value != nullptr) options.kl = options.delta = *args.shift_value;
+  if (args.shift_value != nullptr) options = with_shift(options, *args.shift_value);
   const InputRows<T> gradients(args.needs, args.gradients, args.count);
   double share = 0.0;
   for_each(args.count, [&](int64_t i) {

@@ -35,7 +35,10 @@ __device__ FUSEDPO_OUTLINED inline RowCoefficients row_coefficients(const RowGra
   c.linear = share * g.grad_entropy / bits;
   double at_label = g.grad_logp * g.rest_share;
   if (g.grad_entropy != 0.0) {
-    const double logp = label_z - g.max - g.log_sum, p = exp(logp);
+    // max is rounded: near p = 1 that would be all there is.
+    const double logp =
+        g.rest_share < 0.5 ? log1p(-g.rest_share) : label_z - g.max - g.log_sum;
+    const double p = exp(logp);
     at_label -= p == 0.0 ? 0.0 : g.grad_entropy * p * (logp + g.entropy);
   }
   c.at_label = k * relative_slope * at_label;

@@ -17,12 +17,6 @@
 
 namespace fusedpo {
 
-// kto's kl counts as 0 below 0; bco's delta is any number.
-inline void set_shift(UnpairedOptions& options, double shift) {
-  options.kl = shift > 0.0 || shift != shift ? shift : 0.0;
-  options.delta = shift;
-}
-
 inline int32_t code_of(ScalarType type) {
   if (type == ScalarType::Long) return aoti_torch_dtype_int64();
   return type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
@@ -206,8 +200,8 @@ UnpairedResult unpaired_loss(const Tensor& logps, const Tensor& ref_logps, const
   const Device device(logps);
   const Input x(logps, logps, type, "logps"), ref(ref_logps, logps, type, "ref_logps");
   const Input desirable(labels, logps, ScalarType::Bool, "labels");
-  UnpairedOptions options{beta, 0.0, 0.0, desirable_weight, undesirable_weight};
-  set_shift(options, shift);
+  const UnpairedOptions options =
+      with_shift({beta, 0.0, 0.0, desirable_weight, undesirable_weight}, shift);
   const int64_t count = logps.size(0);
   const unsigned wanted = static_cast<unsigned>(needs);
   const double scale = scale_of(reduction, count);
