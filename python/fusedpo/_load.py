@@ -167,7 +167,7 @@ def _check_driver() -> None:
 
 
 def cuda_text(version: int) -> str:
-    """"13.0" for 13000."""
+    """ "13.0" for 13000."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 

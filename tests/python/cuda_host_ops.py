@@ -1,7 +1,7 @@
 """The CUDA operators on CPU tensors: loads a library that registers them, with emulated kernels, in
 place of the CPU's. `make cuda-host-ops` builds it and runs the operator tests over it.
 
-    FUSEDPO_TEST_CUDA_HOST=path/to/libfusedpo_ops_cuda_host.so   which library; unset: nothing happens
+    FUSEDPO_TEST_CUDA_HOST      path of libfusedpo_ops_cuda_host.so; unset: nothing happens
     FUSEDPO_TEST_CAPTURING=1    every operator believes that it is captured into a CUDA graph
 """
 
