@@ -29,7 +29,7 @@ __device__ void store_row(const ForwardArgs& args, int64_t position, const RowRe
 
 // Grid: one block for each row, which it reads once.
 template <typename T, bool kMetrics>
-__global__ void __launch_bounds__(kThreads) score(ForwardArgs args) {
+__global__ void __launch_bounds__(kThreads) score(const __grid_constant__ ForwardArgs args) {
   using R = Compute<T>;
   const int64_t position = blockIdx.x;
   const int64_t label = args.labels[position];
@@ -58,7 +58,7 @@ struct BackwardArgs {
 // Grid: one block for each row: one read and one write, or, where nothing comes from upstream, one
 // write.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) differentiate(BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads) differentiate(const __grid_constant__ BackwardArgs args) {
   using R = Compute<T>;
   const int64_t position = blockIdx.x;
   const int64_t label = args.labels[position];
