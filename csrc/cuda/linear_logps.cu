@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads) score(const __grid_constant__ Sco
     g.grad_logp = 1.0;
   }
   if (args.write_unit) {
-    write_gradient(row, cols, y, rows.transform, g, s.relative_slope, args.unit_scale, data);
+    write_gradient<Row, false>(row, cols, y, rows.transform, g, s.relative_slope, args.unit_scale, data);
   }
 }
 
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads) differentiate(const __grid_consta
   const double relative_slope = value_at<R>(args.stats, 4 * i + 3, 0.0);
   const bool valid = label >= 0 && label < cols;  // otherwise stats are NaN, and so is all of it
   const Row row(data, rows.transform, rows.bias);
-  write_gradient(row, cols, valid ? static_cast<int>(label) : 0, rows.transform, g, relative_slope,
+  write_gradient<Row, true>(row, cols, valid ? static_cast<int>(label) : 0, rows.transform, g, relative_slope,
                  value_at<R>(args.alpha, 0, 1.0), data);
 }
 
