@@ -48,7 +48,7 @@ __device__ inline float through_type(float x, DType type) {
 
 // Grid: one block for each row of `to`; rows without a source or a coefficient become zeros.
 template <typename From, typename To>
-__global__ void __launch_bounds__(kThreads) move(Move args) {
+__global__ void __launch_bounds__(kThreads) move(const __grid_constant__ Move args) {
   using C = Compute<From>;
   const int64_t row = blockIdx.x;
   const int64_t source = args.source == nullptr ? row : args.source[row];
@@ -151,7 +151,7 @@ struct ColumnArgs {
 // Grid: a thread for each column; a warp reads neighbouring values of one row. Runs of kRows rows
 // are summed in the compute type, runs in fp64.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_column(ColumnArgs args) {
+__global__ void __launch_bounds__(kThreads) sum_column(const __grid_constant__ ColumnArgs args) {
   using R = Compute<T>;
   constexpr int kRows = 8;
   const int64_t v = blockIdx.x * int64_t{kThreads} + threadIdx.x;
