@@ -10,6 +10,12 @@
 
 namespace fusedpo {
 
+// Kernels count rows, and the values of a row, in 32 bits; their products in 64.
+inline void check_grid(int64_t count) {
+  STD_TORCH_CHECK(count <= INT32_MAX, "CUDA tensors may have at most ", INT32_MAX,
+                  " rows, and as many values in a row; got ", count);
+}
+
 // The rows of t [..., C], whose last dimension is dense; nothing where its leading dimensions do
 // not merge into kMaxLeading.
 inline std::optional<cuda::RowLayout> row_layout(const Tensor& t) {
@@ -47,6 +53,8 @@ struct DeviceRows {
     view.cols = held.size(held.dim() - 1);
     view.n = 1;
     for (int64_t d = 0; d + 1 < held.dim(); ++d) view.n *= held.size(d);
+    check_grid(view.n);
+    check_grid(view.cols);
   }
 
   Tensor held;
@@ -68,6 +76,8 @@ class ScoredRows {
         vocab_(vocab),
         ignore_index_(ignore_index),
         count_(labels_.numel()) {
+    check_grid(count_);
+    check_grid(vocab);
     if (count_ == 0) return;
     cuda::find_kept_rows(labels(), count_, vocab, ignore_index, {rows(), slot(), info()},
                          device.stream);

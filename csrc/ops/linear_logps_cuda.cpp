@@ -120,7 +120,7 @@ Tensor linear_token_logps_backward_hidden(const Tensor& grad_logps_in, const Ten
   const Tensor out = empty_as(unit_grad, shape, dtype_of(dtype));
   if (out.numel() == 0) return out;
   // Any vocabulary: labels outside it are scored, and were so in forward.
-  const ScoredRows scored(labels, INT64_MAX, ignore_index, device);
+  const ScoredRows scored(labels, INT32_MAX, ignore_index, device);
   const DeviceRows to(out);
   cuda::scatter_rows(unit_grad.const_data_ptr(), result, grad_logps.const_data_ptr(), scored.slot(),
                      to.view, device.stream);
