@@ -38,10 +38,6 @@ void add_sorted(SortedLoss sorted, double weight, const PairOptions& options,
 
 }  // namespace
 
-unsigned sorted_losses(const std::vector<LossItem>& items) {
-  return ListTraits(items.data(), static_cast<int>(items.size())).sorted;
-}
-
 template <typename T>
 void evaluate_pairs(const std::vector<LossItem>& items, const PairOptions& options,
                     const PairBatch<T>& batch, double scale, unsigned needs,

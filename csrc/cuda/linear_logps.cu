@@ -35,7 +35,7 @@ __device__ void store_stats(void* stats, int64_t i, const RowResult& r, double r
 // Grid: one block for each row: one read; with write_unit a second one, from the L2 cache as far as
 // it reaches, and one write.
 template <typename Row, bool kMetrics>
-__global__ void __launch_bounds__(kMaxThreads) score(ScoreArgs args) {
+__global__ void __launch_bounds__(kMaxThreads) score(const __grid_constant__ ScoreArgs args) {
   using T = typename Row::Value;
   using R = Compute<T>;
   const LogitRows& rows = args.rows;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads) score(ScoreArgs args) {
     g.grad_logp = 1.0;
   }
   if (args.write_unit) {
-    write_gradient(row, cols, y, rows.transform, g, s.relative_slope, args.unit_scale, data);
+    write_gradient<Row, false>(row, cols, y, rows.transform, g, s.relative_slope, args.unit_scale, data);
   }
 }
 
@@ -82,7 +82,7 @@ struct GradientArgs {
 // Grid: one block for each row: one read and one write, or, where nothing comes from upstream, one
 // write.
 template <typename Row>
-__global__ void __launch_bounds__(kMaxThreads) differentiate(GradientArgs args) {
+__global__ void __launch_bounds__(kMaxThreads) differentiate(const __grid_constant__ GradientArgs args) {
   using T = typename Row::Value;
   using R = Compute<T>;
   const LogitRows& rows = args.rows;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads) differentiate(GradientArgs args) 
   const double relative_slope = value_at<R>(args.stats, 4 * i + 3, 0.0);
   const bool valid = label >= 0 && label < cols;  // otherwise stats are NaN, and so is all of it
   const Row row(data, rows.transform, rows.bias);
-  write_gradient(row, cols, valid ? static_cast<int>(label) : 0, rows.transform, g, relative_slope,
+  write_gradient<Row, true>(row, cols, valid ? static_cast<int>(label) : 0, rows.transform, g, relative_slope,
                  value_at<R>(args.alpha, 0, 1.0), data);
 }
 
@@ -133,7 +133,7 @@ __device__ inline float load_rounded(const W* w, int64_t at, const T*) {
 
 // Grid: one block for each row of a: one read of it and of its label's row of w.
 template <typename T, typename W>
-__global__ void __launch_bounds__(kProductThreads) multiply(ProductArgs args) {
+__global__ void __launch_bounds__(kProductThreads) multiply(const __grid_constant__ ProductArgs args) {
   using R = Compute<T>;
   const LogitRows& rows = args.rows;
   const int64_t i = blockIdx.x, position = rows.rows == nullptr ? i : rows.rows[i];

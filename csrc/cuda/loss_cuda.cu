@@ -36,7 +36,7 @@ struct PairArgs {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) pairs(PairArgs<T> args) {
+__global__ void __launch_bounds__(kThreads) pairs(const __grid_constant__ PairArgs<T> args) {
   const PairBatch<T>& batch = args.batch;
   const int64_t n = batch.count;
   const ListTraits traits(args.list.items, args.list.count);
@@ -88,7 +88,7 @@ struct UnpairedArgs {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) completions(UnpairedArgs<T> args) {
+__global__ void __launch_bounds__(kThreads) completions(const __grid_constant__ UnpairedArgs<T> args) {
   UnpairedOptions options = args.options;
   if (args.shift_value != nullptr) options.kl = options.delta = *args.shift_value;
   const InputRows<T> gradients(args.needs, args.gradients, args.count);
@@ -109,7 +109,7 @@ struct BackwardArgs {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scale(BackwardArgs<T> args) {
+__global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ BackwardArgs<T> args) {
   const GradientScale<T>& in = args.in;
   const int64_t n = in.count;
   const double of_total =

@@ -78,23 +78,27 @@ __device__ inline Words pack_all(const double (&x)[2]) {
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 
-// The largest of the values of a vector. Halves are compared two at a time, before they are
+// The largest value of several vectors. Halves are compared two at a time, before they are
 // converted.
-template <typename T>
-__device__ inline Compute<T> largest(const Words& words) {
+template <typename T, int kCount>
+__device__ inline Compute<T> largest(const Words (&words)[kCount]) {
   if constexpr (sizeof(T) == 2) {
     T* const type = nullptr;
-    const uint32_t pair = max_halves(max_halves(words.w[0], words.w[1], type),
-                                     max_halves(words.w[2], words.w[3], type), type);
+    uint32_t pair = words[0].w[0];
+#pragma unroll
+    for (int i = 1; i < 4 * kCount; ++i) pair = max_halves(pair, words[i / 4].w[i % 4], type);
     float low, high;
     unpack(pair, type, &low, &high);
     return larger(low, high);
   } else {
-    Compute<T> x[kPerVector<T>];
-    unpack<T>(words, x);
-    Compute<T> most = x[0];
+    Compute<T> most = -INFINITY;
 #pragma unroll
-    for (int i = 1; i < kPerVector<T>; ++i) most = larger(most, x[i]);
+    for (int b = 0; b < kCount; ++b) {
+      Compute<T> x[kPerVector<T>];
+      unpack<T>(words[b], x);
+#pragma unroll
+      for (int i = 0; i < kPerVector<T>; ++i) most = larger(most, x[i]);
+    }
     return most;
   }
 }
@@ -121,6 +125,26 @@ struct RowSplit {
   }
 
   __device__ int begin_of(int vector) const { return head + vector * kPerVector<T>; }
+};
+
+// Which vectors a thread takes. A batch of a warp is kBatch runs of 32 neighbouring vectors, one for
+// each lane; warps take batches in turn. `vector` is a thread's first one of a batch, and the others
+// follow at steps of 32.
+template <int kBatch>
+struct Batches {
+  static constexpr int kVectors = kBatch * static_cast<int>(kWarpSize);
+
+  __device__ static int first() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return thread / 32 * kVectors + thread % 32;
+  }
+  __device__ static int step() { return static_cast<int>(blockDim.x) / 32 * kVectors; }
+  // The first vector of the batch that holds `vector`, if it is this thread's; else -1.
+  __device__ static int own_batch(int vector) {
+    if (vector < 0 || vector % 32 != static_cast<int>(threadIdx.x) % 32) return -1;
+    const int begin = vector - vector % kVectors / 32 * 32;
+    return begin % step() == first() ? begin : -1;
+  }
 };
 
 // ---- two kinds of rows ----------------------------------------------------------

@@ -69,28 +69,32 @@ __device__ inline void write_row(const Row& row, const RowSplit<typename Row::Va
                                  const Slopes<typename Row::C>& c, typename Row::Value* out) {
   using T = typename Row::Value;
   constexpr int kPer = kPerVector<T>, kBatch = Row::kBatch;
-  const int threads = static_cast<int>(blockDim.x);
+  using Plan = Batches<kBatch>;
   const bool aligned = reinterpret_cast<uintptr_t>(out + split.head) % 16 == 0;
-  for (int i = split.vectors - 1 - static_cast<int>(threadIdx.x); i >= 0; i -= kBatch * threads) {
+  const int batches = (split.vectors - Plan::first() + Plan::step() - 1) / Plan::step();
+  for (int k = batches - 1; k >= 0; --k) {
+    const int vector = Plan::first() + k * Plan::step(), begin = split.begin_of(vector);
     Words words[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int vector = i - b * threads;
-      if (vector >= 0) words[b] = load_words_last(row.data + split.begin_of(vector));
+      words[b] = Words{};
+      if (vector + 32 * b < split.vectors) words[b] = load_words_last(row.data + begin + 32 * b * kPer);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int vector = i - b * threads, begin = split.begin_of(vector);
-      if (vector < 0) continue;
+      const bool inside = vector + 32 * b < split.vectors;
+      if (!Row::kPlain && !inside) continue;  // there is no bias
+      const int v = begin + 32 * b * kPer;
       typename Row::C x[kPer];
       unpack<T>(words[b], x);
 #pragma unroll
-      for (int j = 0; j < kPer; ++j) x[j] = gradient_of<Row, kEntropy>(row, row.u(x[j], begin + j), c);
+      for (int i = 0; i < kPer; ++i) x[i] = gradient_of<Row, kEntropy>(row, row.u(x[i], v + i), c);
+      if (!inside) continue;
       if (aligned) {
-        store_words(out + begin, pack_all<T>(x));
+        store_words(out + v, pack_all<T>(x));
       } else {
 #pragma unroll
-        for (int j = 0; j < kPer; ++j) store_value(out + begin + j, x[j]);
+        for (int i = 0; i < kPer; ++i) store_value(out + v + i, x[i]);
       }
     }
   }
@@ -102,7 +106,7 @@ __device__ inline void write_row(const Row& row, const RowSplit<typename Row::Va
 
 // d loss / d x times `scale` to `out`, which may be the row. Every thread of the block calls it; g
 // and relative_slope (1 - tanh^2 at the label) count in thread 0 only.
-template <typename Row>
+template <typename Row, bool kMayHaveEntropy>
 __device__ inline void write_gradient(const Row& row, int cols, int label, const LogitTransform& f,
                                       const RowGradient& g, double relative_slope, double scale,
                                       typename Row::Value* out) {
@@ -127,10 +131,10 @@ __device__ inline void write_gradient(const Row& row, int cols, int label, const
   __syncthreads();
   const Slopes<C> c = shared;
   const RowSplit<typename Row::Value> split(row.data, cols);
-  if (c.linear == C(0)) {
-    write_row<Row, false>(row, split, c, out);
-  } else {
+  if (kMayHaveEntropy && c.linear != C(0)) {
     write_row<Row, true>(row, split, c, out);
+  } else {
+    write_row<Row, false>(row, split, c, out);
   }
   __syncthreads();  // the label's entry is written twice
   if (threadIdx.x == 0) store_value(out + label, at_label);

@@ -24,7 +24,7 @@ template <typename C>
 struct RowSums {
   C anchor;               // a whole number
   C max = -INFINITY;      // largest u
-  int first = -1;         // the first batch in which the thread saw it
+  int first = -1;         // where the first batch in which the thread saw it begins
   double rest = 0.0;      // sum 2^t, t = u bits - anchor
   double rest_t = 0.0;    // sum 2^t t
   double rest_sq = 0.0;   // sum 2^2t
@@ -68,34 +68,52 @@ __device__ inline void add_single(const Row& row, int v, RowSums<typename Row::C
   }
 }
 
-// Adds the vectors of a batch that are wanted; vector b begins at column begin[b].
-template <typename Row, bool kMetrics, bool kAll, int kBatch>
-__device__ inline void add_batch(const Row& row, const Words (&words)[kBatch],
-                                 const int (&begin)[kBatch], const bool (&wanted)[kBatch],
-                                 int batch, RowSums<typename Row::C>* s) {
+// What a thread adds of its batch that begins at `vector`: the vectors that lie in the row, and not
+// the label's.
+template <typename Row>
+struct Batch {
+  using T = typename Row::Value;
+  const RowSplit<T>& split;
+  int vector, label_vector;
+
+  __device__ bool wants(int b) const {
+    const int v = vector + 32 * b;
+    return v < split.vectors && v != label_vector;
+  }
+  __device__ int begin(int b) const { return split.begin_of(vector + 32 * b); }
+};
+
+// kAll: every vector is wanted.
+template <typename Row, bool kMetrics, bool kAll>
+__device__ inline void add_batch(const Row& row, const Words (&words)[Row::kBatch],
+                                 const Batch<Row>& batch, RowSums<typename Row::C>* s) {
   using T = typename Row::Value;
   using C = typename Row::C;
-  constexpr int kPer = kPerVector<T>;
+  constexpr int kPer = kPerVector<T>, kBatch = Row::kBatch;
 
   C u[kBatch][kPer];
   C most = -INFINITY;
+  if constexpr (Row::kPlain && kAll) {
+    most = largest<T>(words);
+  } else {
 #pragma unroll
-  for (int b = 0; b < kBatch; ++b) {
-    if (!kAll && !wanted[b]) continue;
-    if constexpr (Row::kPlain) {
-      most = larger(most, largest<T>(words[b]));
-    } else {
-      unpack<T>(words[b], u[b]);
+    for (int b = 0; b < kBatch; ++b) {
+      if (!kAll && !batch.wants(b)) continue;
+      if constexpr (Row::kPlain) {
+        most = larger(most, largest<T>(reinterpret_cast<const Words(&)[1]>(words[b])));
+      } else {
+        unpack<T>(words[b], u[b]);
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        u[b][i] = row.u(u[b][i], begin[b] + i);
-        most = larger(most, u[b][i]);
+        for (int i = 0; i < kPer; ++i) {
+          u[b][i] = row.u(u[b][i], batch.begin(b) + i);
+          most = larger(most, u[b][i]);
+        }
       }
     }
   }
   if (most > s->max) {
     s->max = most;
-    s->first = batch;
+    s->first = batch.vector;
   }
   s->make_room(most * row.bits);
 
@@ -103,7 +121,7 @@ __device__ inline void add_batch(const Row& row, const Words (&words)[kBatch],
   C rest[2] = {0, 0}, rest_t[2] = {0, 0}, rest_sq[2] = {0, 0}, sum[2] = {0, 0};
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
-    if (!kAll && !wanted[b]) continue;
+    if (!kAll && !batch.wants(b)) continue;
     if constexpr (Row::kPlain) unpack<T>(words[b], u[b]);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
@@ -123,9 +141,9 @@ __device__ inline void add_batch(const Row& row, const Words (&words)[kBatch],
       of_t = 0;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (!kAll && !wanted[b]) continue;
+        if (!kAll && !batch.wants(b)) continue;
 #pragma unroll 1
-        for (int v = begin[b]; v < begin[b] + kPer; ++v) {
+        for (int v = batch.begin(b); v < batch.begin(b) + kPer; ++v) {
           const C t = std::fma(u_at(row, v), row.bits, -anchor);
           of_t += exp2_fast(t) * bounded_below(t);
         }
@@ -149,47 +167,34 @@ __device__ inline int single_of(const RowSplit<T>& split, int label_vector) {
   return label_vector >= 0 && k < kPerVector<T> ? split.begin_of(label_vector) + k : -1;
 }
 
-// Where the batches of a thread lie: batch k holds the vectors thread + (k kBatch + b) threads.
-template <typename Row>
-struct Batches {
-  static constexpr int kBatch = Row::kBatch;
-  int begin[kBatch];    // columns
-  bool wanted[kBatch];  // within the row and not the label's vector
-  bool all = true;
-
-  __device__ Batches(const RowSplit<typename Row::Value>& split, int label_vector, int batch) {
-    const int threads = static_cast<int>(blockDim.x);
-    int vector = static_cast<int>(threadIdx.x) + batch * kBatch * threads;
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b, vector += threads) {
-      begin[b] = split.begin_of(vector);
-      wanted[b] = vector < split.vectors && vector != label_vector;
-      all = all && wanted[b];
-    }
-  }
-};
-
 // What one thread sees of the row; kLast: nobody reads the row again soon.
 template <typename Row, bool kMetrics, bool kLast>
 __device__ inline void sum_thread(const Row& row, const RowSplit<typename Row::Value>& split,
                                   int label, RowSums<typename Row::C>* s) {
+  using T = typename Row::Value;
   constexpr int kBatch = Row::kBatch;
+  using Plan = Batches<kBatch>;
   const int label_vector = split.vector_of(label);
-  const int step = kBatch * static_cast<int>(blockDim.x);
-  int batch = 0;
-  for (int i = 0; i < split.vectors; i += step, ++batch) {
-    const Batches<Row> at(split, label_vector, batch);
+  const int label_batch = Plan::own_batch(label_vector);
+  Batch<Row> batch{split, Plan::first(), label_vector};
+  const T* from = row.data + split.begin_of(batch.vector);
+  for (; batch.vector < split.vectors; batch.vector += Plan::step()) {
     Words words[kBatch];
+    if (batch.vector + 32 * (kBatch - 1) < split.vectors && batch.vector != label_batch) {
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (!at.wanted[b]) continue;
-      words[b] = kLast ? load_words_last(row.data + at.begin[b]) : load_words(row.data + at.begin[b]);
-    }
-    if (at.all) {
-      add_batch<Row, kMetrics, true>(row, words, at.begin, at.wanted, batch, s);
+      for (int b = 0; b < kBatch; ++b) {
+        const T* const at = from + b * 32 * kPerVector<T>;
+        words[b] = kLast ? load_words_last(at) : load_words(at);
+      }
+      add_batch<Row, kMetrics, true>(row, words, batch, s);
     } else {
-      add_batch<Row, kMetrics, false>(row, words, at.begin, at.wanted, batch, s);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (batch.wants(b)) words[b] = load_words(from + b * 32 * kPerVector<T>);
+      }
+      add_batch<Row, kMetrics, false>(row, words, batch, s);
     }
+    from += Plan::step() * kPerVector<T>;
   }
   const int single = single_of(split, label_vector);
   if (single >= 0 && single != label) add_single<Row, kMetrics>(row, single, s);
@@ -203,13 +208,13 @@ __device__ inline bool tie_before(const Row& row, const RowSplit<typename Row::V
   const int single = single_of(split, label_vector);
   bool found = single >= 0 && single < label && u_at(row, single) == u;
   if (first < 0) return found;
-  const Batches<Row> at(split, label_vector, first);
-#pragma unroll
+  const Batch<Row> batch{split, first, label_vector};
+#pragma unroll 1
   for (int b = 0; b < Row::kBatch; ++b) {
-    if (!at.wanted[b] || at.begin[b] > label) continue;
+    if (!batch.wants(b) || batch.begin(b) > label) continue;
 #pragma unroll 1
     for (int i = 0; i < kPerVector<typename Row::Value>; ++i) {
-      found = found || u_at(row, at.begin[b] + i) == u;
+      found = found || u_at(row, batch.begin(b) + i) == u;
     }
   }
   return found;

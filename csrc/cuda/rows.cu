@@ -46,23 +46,21 @@ __device__ inline float through_type(float x, DType type) {
   return x;
 }
 
-// Grid: one block for each row of `to`; rows without a source become zeros.
+// Grid: one block for each row of `to`; rows without a source or a coefficient become zeros.
 template <typename From, typename To>
-__global__ void __launch_bounds__(kThreads) move(Move args) {
+__global__ void __launch_bounds__(kThreads) move(const __grid_constant__ Move args) {
   using C = Compute<From>;
   const int64_t row = blockIdx.x;
   const int64_t source = args.source == nullptr ? row : args.source[row];
+  const int64_t at = args.c_index == nullptr ? row : args.c_index[row];
   const int64_t cols = args.to.cols;
   To* const to = static_cast<To*>(args.to.data) + args.to.layout.offset(row);
-  if (source < 0 || source >= args.from.n) {
+  if (source < 0 || source >= args.from.n || at < 0) {
     for (int64_t v = threadIdx.x; v < cols; v += kThreads) to[v] = To{};
     return;
   }
   C factor = 1;
-  if (args.c != nullptr) {
-    const int64_t at = args.c_index == nullptr ? row : args.c_index[row];
-    factor = static_cast<C>(value_at<C>(args.c, at, 1.0));
-  }
+  if (args.c != nullptr) factor = static_cast<C>(value_at<C>(args.c, at, 1.0));
   factor *= static_cast<C>(value_at<C>(args.alpha, 0, 1.0));
 
   const From* const from = static_cast<const From*>(args.from.data) + args.from.layout.offset(source);
@@ -153,16 +151,16 @@ struct ColumnArgs {
 // Grid: a thread for each column; a warp reads neighbouring values of one row. Runs of kRows rows
 // are summed in the compute type, runs in fp64.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_column(ColumnArgs args) {
+__global__ void __launch_bounds__(kThreads) sum_column(const __grid_constant__ ColumnArgs args) {
   using R = Compute<T>;
   constexpr int kRows = 8;
   const int64_t v = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (v >= args.cols) return;
   const T* const d = static_cast<const T*>(args.d) + v;
   const auto term = [&](int64_t i) {
-    const R c = args.c == nullptr
-                    ? R(1)
-                    : static_cast<const R*>(args.c)[args.rows == nullptr ? i : args.rows[i]];
+    const int64_t at = args.rows == nullptr ? i : args.rows[i];
+    if (at < 0) return R(0);
+    const R c = args.c == nullptr ? R(1) : static_cast<const R*>(args.c)[at];
     return c * static_cast<R>(to_float(d[i * args.ld]));
   };
   double sum = 0.0;

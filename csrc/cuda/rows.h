@@ -26,6 +26,9 @@ struct RowLayout {
   }
 };
 
+// Below, rows[i] = -1 means that there is no row i: it takes part in no sum, and counts as zeros.
+// (Under graph capture the host does not know how many of `rows` are scored.)
+
 // n rows of `cols` values of one type.
 struct RowsView {
   void* data = nullptr;

@@ -8,7 +8,7 @@ namespace fusedpo::cuda {
 namespace {
 
 // Small blocks, several on a multiprocessor: one row's end overlaps with another's beginning.
-constexpr unsigned kThreads = 256;
+constexpr unsigned kThreads = 256, kBlocks = 4;
 
 struct ForwardArgs {
   RowsView logits;
@@ -29,7 +29,7 @@ __device__ void store_row(const ForwardArgs& args, int64_t position, const RowRe
 
 // Grid: one block for each row, which it reads once.
 template <typename T, bool kMetrics>
-__global__ void __launch_bounds__(kThreads) score(ForwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) score(const __grid_constant__ ForwardArgs args) {
   using R = Compute<T>;
   const int64_t position = blockIdx.x;
   const int64_t label = args.labels[position];
@@ -58,7 +58,7 @@ struct BackwardArgs {
 // Grid: one block for each row: one read and one write, or, where nothing comes from upstream, one
 // write.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) differentiate(BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) differentiate(const __grid_constant__ BackwardArgs args) {
   using R = Compute<T>;
   const int64_t position = blockIdx.x;
   const int64_t label = args.labels[position];
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) differentiate(BackwardArgs args) {
   const LogitTransform f{1.0, 0.0, args.temperature};
   const PlainRow<T> row(data, f, nullptr);
   const bool valid = label >= 0 && label < cols;  // otherwise stats are NaN, and so is all of it
-  write_gradient(row, cols, valid ? static_cast<int>(label) : 0, f, g, 1.0, 1.0, out);
+  write_gradient<PlainRow<T>, true>(row, cols, valid ? static_cast<int>(label) : 0, f, g, 1.0, 1.0, out);
 }
 
 }  // namespace
