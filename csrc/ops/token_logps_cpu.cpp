@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/finish_row.h"
 #include "cpu/row_kernels.h"
 #include "ops/row_outputs.h"
 #include "ops/rows.h"

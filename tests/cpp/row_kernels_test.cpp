@@ -1,6 +1,7 @@
 // The row kernels against plain double-precision loops over the definitions, for every instruction
 // set this machine can run.
 #include "cpu/row_kernels.h"
+#include "core/finish_row.h"
 
 #include <gtest/gtest.h>
 
