@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cuda_cases import ON_GPU, need_device
 
-need_device()
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
 import peft
+from cuda_cases import ON_GPU, need_device
 from fusedpo.trl import FusedDPOTrainer, patch_trl
 from trl import DPOTrainer
 from trl_helpers import assert_equal_logs, logged, train
 
+need_device()
+
 SETUPS: dict[str, Any] = {
     "full fine-tuning": {},
-    "tied head with softcap": {"family": "gemma2 softcap"},
+    "softcap": {"family": "gemma2 softcap"},
     "head with bias": {"family": "phi head with bias"},
     "LoRA": {
         "keywords": {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])},
