@@ -142,6 +142,23 @@ def extra_bytes(call: Call, device: torch.device) -> dict[str, int]:
     return {"extra_bytes": extra, "of_which_gradients": gradients}
 
 
+# ---- peers that cannot run ----------------------------------------------------------------------
+
+
+def why(error: BaseException) -> str:
+    """One line about an error, for the record of a peer that cannot run here."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def excuse(result: dict[str, Any]) -> str:
+    """What a table says of a peer without a time."""
+    if "not_run" in result:
+        return f"not run: {result['not_run']}"
+    errors = ", ".join(f"{k} {v:.1e}" for k, v in result["verified"]["errors"].items())
+    return f"WRONG, not timed: {errors}"
+
+
 # ---- floors and launches ------------------------------------------------------------------------
 
 

@@ -42,12 +42,6 @@ def name_of(case: tuple[str, str, str]) -> str:
     return "/".join(case)
 
 
-def _why(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[
-        :300
-    ]
-
-
 def prepare(peer: str, p: Problem, truth: Any, place: torch.device) -> dict[str, Any]:
     """Runs and verifies one peer, measures its memory; {"not_run": reason} where it cannot run."""
     try:
@@ -66,7 +60,7 @@ def prepare(peer: str, p: Problem, truth: Any, place: torch.device) -> dict[str,
     except Exception as error:  # a peer that cannot run is a finding, not a failure of ours
         if peer in ("ours", "floor"):
             raise
-        return {"not_run": _why(error)}
+        return {"not_run": device.why(error)}
 
 
 def run_case(
@@ -108,16 +102,11 @@ def print_case(case: dict[str, Any]) -> None:
     print(f"\n{case['case']}: floor = {floor}")
     print(f"{'':10}{'median ms':>11}{'q1':>9}{'q3':>9}{'x floor':>9}{'extra MB':>10}  remarks")
     for peer, result in case["peers"].items():
-        if "not_run" in result:
-            print(f"{peer:10}{'-':>11}{'':37}  not run: {result['not_run']}")
+        if "median_s" not in result:
+            print(f"{peer:10}{'-':>11}{'':37}  {device.excuse(result)}")
             continue
-        check = result.get("verified")
-        remark = (
-            "" if check is None else ", ".join(f"{k} {v:.1e}" for k, v in check["errors"].items())
-        )
-        if check is not None and not check["ok"]:
-            print(f"{peer:10}{'-':>11}{'':37}  WRONG, not timed: {remark}")
-            continue
+        errors = result.get("verified", {"errors": {}})["errors"]
+        remark = ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
         quarters = [result.get(f"quartile_{i}_s", result["median_s"]) for i in (1, 3)]
         times = "".join(f"{1e3 * t:9.3f}" for t in quarters)
         ratio = f"{result['times_floor']:9.3f}" if "times_floor" in result else f"{'-':>9}"
