@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rehearse", action="store_true", help="--device cuda's code on a CPU")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 20 calls")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 5 calls")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.on_gpu = options.rehearse or options.device == "cuda"
     options.compile = options.compile and options.on_gpu
-    options.calls = 20 if options.quick else CALLS
+    options.calls = 5 if options.quick else CALLS
     options.rounds = 3 if options.quick else options.rounds
     place = device.choose(options.rehearse) if options.on_gpu else torch.device("cpu")
     torch.set_num_threads(1)  # [B] numbers: there is nothing to share
