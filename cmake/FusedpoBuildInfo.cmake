@@ -13,8 +13,12 @@ function(fusedpo_json_list out)
 endfunction()
 fusedpo_json_list(_isas ${FUSEDPO_ISAS})
 
+fusedpo_json_list(_cuda_archs ${FUSEDPO_CUDA_ARCH_LIST})
+
+set(_cuda false)
 set(_nvcc null)
 if(FUSEDPO_CUDA_ENABLED)
+  set(_cuda true)
   set(_nvcc "\"${CMAKE_CUDA_COMPILER_VERSION}\"")
 endif()
 
@@ -28,10 +32,10 @@ file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/_build_info.json" @ONLY CONTE
   "torch_headers": "@TorchStable_VERSION@",
   "torch_target": "@TORCH_STABLE_TARGET@",
   "isas": @_isas@,
-  "cuda": false,
+  "cuda": @_cuda@,
   "cuda_reason": "@FUSEDPO_CUDA_REASON@",
   "nvcc": @_nvcc@,
-  "cuda_archs": []
+  "cuda_archs": @_cuda_archs@
 }
 ]=])
 message(STATUS "fusedpo: ${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}, torch ${TorchStable_VERSION} "

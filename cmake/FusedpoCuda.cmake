@@ -3,8 +3,6 @@
 #   FUSEDPO_CUDA_ENABLED    a working nvcc is there and wanted
 #   FUSEDPO_CUDA_ARCH_LIST  architectures to compile for; empty when not enabled
 #   FUSEDPO_CUDA_REASON     one line for people: why, or why not
-#
-# The project has no CUDA source yet, so an enabled CUDA changes what is reported, not what is built.
 
 string(TOUPPER "${FUSEDPO_CUDA}" _cuda_wanted)
 if(NOT _cuda_wanted MATCHES "^(AUTO|ON|OFF)$")
@@ -42,8 +40,8 @@ else()
         set(FUSEDPO_CUDA_ARCH_LIST 80-real 86-real 89-real 90 100-real 120)
       endif()
     endif()
-    set(FUSEDPO_CUDA_REASON
-        "nvcc ${CMAKE_CUDA_COMPILER_VERSION} works, but this version of fusedpo has no CUDA operators yet")
+    list(JOIN FUSEDPO_CUDA_ARCH_LIST " " _archs)
+    set(FUSEDPO_CUDA_REASON "nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${_archs}")
   elseif(_cuda_wanted STREQUAL "ON")
     message(FATAL_ERROR
       "FUSEDPO_CUDA=ON needs a working nvcc, and none was found on PATH, in CUDACXX, in CUDA_HOME/bin, "

@@ -39,19 +39,19 @@ class Logistic {
 FUSEDPO_HD inline double sigmoid(double x) { return Logistic(x).p(); }
 
 // log(1 - e^x) for x < 0. Each branch is used where its inner difference does not cancel.
-FUSEDPO_HD inline double log1mexp(double x) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline double log1mexp(double x) {
   constexpr double kLog2 = 0.693147180559945309417;
   return x > -kLog2 ? std::log(-std::expm1(x)) : std::log1p(-std::exp(x));
 }
 
 // -log sigmoid(x). The derivative -sigmoid(-x) does not cancel as sigmoid(x) - 1 does.
-FUSEDPO_HD inline Term nls(double x) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline Term nls(double x) {
   const Logistic l(x);
   return {l.nlog_p(l.log1p_e()), -l.q()};
 }
 
 // keep nls(x) + flip nls(-x)
-FUSEDPO_HD inline Term mixed_nls(double x, double keep, double flip) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline Term mixed_nls(double x, double keep, double flip) {
   const Logistic l(x);
   const double log1p_e = l.log1p_e();
   return {keep * l.nlog_p(log1p_e) + flip * l.nlog_q(log1p_e), flip * l.p() - keep * l.q()};
@@ -62,7 +62,7 @@ FUSEDPO_HD inline Term smoothed_nls(double x, double epsilon) {
 }
 
 // sigmoid(x) and sigmoid'(x); 1 - sigmoid(x) is sigmoid_term(-x).
-FUSEDPO_HD inline Term sigmoid_term(double x) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline Term sigmoid_term(double x) {
   const Logistic l(x);
   return {l.p(), l.p() * l.q()};
 }
@@ -80,7 +80,7 @@ FUSEDPO_HD inline Term squared(double x, double target) {
 
 // (e^(a x) - 1) / a with the exponent capped; x itself in the limit a = 0. Below |a| = 1/20 the cap
 // falls with log|a|, so that the quotient, or its square, still fits into fp32.
-FUSEDPO_HD inline Term scaled_expm1(double x, double a, double cap) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline Term scaled_expm1(double x, double a, double cap) {
   if (a == 0.0) return {x, 1.0};
   const double exponent = a * x;
   const double limit = cap + std::fmin(0.0, std::log(20.0 * std::fabs(a)));

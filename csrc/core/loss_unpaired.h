@@ -15,6 +15,13 @@ struct UnpairedOptions {
   double desirable_weight, undesirable_weight;
 };
 
+// kto's kl counts as 0 below 0 (NaN stays); bco's delta is any number.
+FUSEDPO_HD inline UnpairedOptions with_shift(UnpairedOptions options, double shift) {
+  options.kl = shift > 0.0 || shift != shift ? shift : 0.0;
+  options.delta = shift;
+  return options;
+}
+
 // r = logp - ref_logp in nats; the slope is the derivative by r.
 FUSEDPO_HD inline Term unpaired_loss(UnpairedLoss loss, double r, bool desirable,
                                      const UnpairedOptions& o) {

@@ -7,10 +7,14 @@
 #include <stdint.h>
 #include <string.h>
 
+// FUSEDPO_HD: for host and device. FUSEDPO_OUTLINED: called on the device rather than copied to
+// every call: what runs once for a row or a pair, and is long.
 #ifdef __CUDACC__
 #define FUSEDPO_HD __host__ __device__
+#define FUSEDPO_OUTLINED __noinline__
 #else
 #define FUSEDPO_HD
+#define FUSEDPO_OUTLINED
 #endif
 
 namespace fusedpo {

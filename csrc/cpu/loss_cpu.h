@@ -11,9 +11,6 @@
 
 namespace fusedpo {
 
-unsigned sorted_losses(const std::vector<LossItem>& items);
-int64_t count_bits(unsigned bits);
-
 // Evaluates sum_k weight_k loss_k for every pair.
 template <typename T>
 void evaluate_pairs(const std::vector<LossItem>& items, const PairOptions& options,

@@ -22,9 +22,9 @@ struct LogitRows {
   void* x = nullptr;  // [n, vocab] of the compute type, row stride ld
   DType type = DType::f32;
   int64_t n = 0, ld = 0, vocab = 0;
-  const int64_t* rows = nullptr;    // [n]: the position of row i; null: i itself
+  const int64_t* rows = nullptr;    // [n]: the position of row i, -1: none; null: i itself
   const int64_t* labels = nullptr;  // by position
-  int64_t ignore_index = -100;      // such a row is written as zeros (under capture all rows come)
+  int64_t ignore_index = -100;      // such a row is written as zeros
   const void* bias = nullptr;       // [vocab] of the result type, already rounded; or null
   LogitTransform transform;
   // [n] of the result type or null: the label's x before bias in higher precision. It replaces the

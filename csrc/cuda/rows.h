@@ -16,15 +16,21 @@ struct RowLayout {
   int64_t size[kMaxLeading] = {0};    // their sizes
   int64_t stride[kMaxLeading] = {0};  // and strides, in elements
 
+  // `row` is below 2^31, as every grid is: its divisions are 32 bits wide.
   FUSEDPO_HD int64_t offset(int64_t row) const {
+    uint32_t rest = static_cast<uint32_t>(row);
     int64_t at = 0;
     for (int d = dims - 1; d > 0; --d) {
-      at += (row % size[d]) * stride[d];
-      row /= size[d];
+      const uint32_t n = static_cast<uint32_t>(size[d]), next = rest / n;
+      at += static_cast<int64_t>(rest - next * n) * stride[d];
+      rest = next;
     }
-    return at + row * stride[0];
+    return at + static_cast<int64_t>(rest) * stride[0];
   }
 };
+
+// Below, rows[i] = -1 means that there is no row i: it takes part in no sum, and counts as zeros.
+// (Under graph capture the host does not know how many of `rows` are scored.)
 
 // n rows of `cols` values of one type.
 struct RowsView {

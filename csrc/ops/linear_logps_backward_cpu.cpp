@@ -257,10 +257,18 @@ Result linear_token_logps_backward(
     const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lora_hidden,
     const OptionalTensor& lora_weight, const Tensor& labels, const OptionalTensor& entropy,
     const Tensor& stats, const OptionalTensor& kept, const OptionalTensor& anchors,
-    int64_t ignore_index, double temperature, double softcap, double logit_scale,
-    ScalarType compute_dtype, int64_t vocab_tile, int64_t needs) {
-  LinearProblem p(hidden, weight, bias, lora_hidden, lora_weight, labels, ignore_index,
-                  {logit_scale, softcap, temperature}, dtype_of(compute_dtype), vocab_tile);
+    const Tensor& /*count*/, int64_t ignore_index, double temperature, double softcap,
+    double logit_scale, ScalarType compute_dtype, int64_t vocab_tile, int64_t needs) {
+  LinearProblem p({hidden,
+                   weight,
+                   bias,
+                   lora_hidden,
+                   lora_weight,
+                   labels,
+                   ignore_index,
+                   {logit_scale, softcap, temperature},
+                   dtype_of(compute_dtype),
+                   vocab_tile});
   const int64_t n = labels.numel();
   check_saved(stats, n, 4, p.result, "stats");
   if (kept) {

@@ -65,9 +65,10 @@ double exact_logit(const LinearProblem& p, const VocabTile& tile, int64_t i, int
 }
 
 // [logps, entropy, log_sum_sq_probs, mean_logits, is_top1, stats, unit_grad, lora_unit_grad, kept,
-// anchors]
-using Result = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
-                          Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+// anchors, count]
+using Result =
+    std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor,
+               OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor>;
 
 Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& lora_hidden, const OptionalTensor& lora_weight,
@@ -75,8 +76,16 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
                           double softcap, double logit_scale, int64_t metric_bits,
                           ScalarType compute_dtype, int64_t vocab_tile, int64_t want_grads,
                           int64_t keep_rows_at_most) {
-  LinearProblem p(hidden, weight, bias, lora_hidden, lora_weight, labels, ignore_index,
-                  {logit_scale, softcap, temperature}, dtype_of(compute_dtype), vocab_tile);
+  LinearProblem p({hidden,
+                   weight,
+                   bias,
+                   lora_hidden,
+                   lora_weight,
+                   labels,
+                   ignore_index,
+                   {logit_scale, softcap, temperature},
+                   dtype_of(compute_dtype),
+                   vocab_tile});
   const unsigned metrics = static_cast<unsigned>(metric_bits);
   const RowKernels& kernels = row_kernels();
   const int64_t rows_in_all = labels.numel();
@@ -158,6 +167,8 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
       }
     }
   });
+  const Tensor count = empty_cpu({1}, aoti_torch_dtype_int64());
+  *count.mutable_data_ptr<int64_t>() = p.n;
   return {out.logps,
           out.entropy,
           out.log_sum_sq_probs,
@@ -167,7 +178,8 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
           unit ? OptionalTensor(unit->total) : std::nullopt,
           lora_unit ? OptionalTensor(lora_unit->total) : std::nullopt,
           kept,
-          anchors};
+          anchors,
+          count};
 }
 
 Tensor linear_token_logps_backward_hidden(const Tensor& grad_logps_in, const Tensor& unit_grad,

@@ -32,35 +32,23 @@ void convert_rows(const Tensor& from_in, DType through, const Tensor& to) {
   });
 }
 
-LinearProblem::LinearProblem(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                             const OptionalTensor& lora_hidden, const OptionalTensor& lora_weight,
-                             const Tensor& labels, int64_t ignore_index,
-                             const LogitTransform& logit_transform, DType compute_type,
-                             int64_t vocab_tile)
-    : compute(compute_type),
-      gemm(gemm_type(compute_type)),
-      result(result_type(compute_type)),
-      transform(logit_transform),
-      kept(kept_rows(labels, weight.size(0), ignore_index)),
+LinearProblem::LinearProblem(const LinearArguments& arguments)
+    : compute(arguments.compute),
+      gemm(gemm_type(compute)),
+      result(result_type(compute)),
+      transform(arguments.transform),
+      kept(kept_rows(arguments.labels, arguments.weight.size(0), arguments.ignore_index)),
       n(kept.count()),
-      vocab(weight.size(0)),
-      tile_width(checked_tile(vocab_tile)),
+      vocab(arguments.weight.size(0)),
+      tile_width(checked_tile(arguments.vocab_tile)),
       tiles((vocab + tile_width - 1) / tile_width),
       block(rows_per_block(n, tile_width)),
-      weight_(weight),
-      bias_(bias),
-      lora_weight_(lora_weight) {
-  check_rows(hidden, labels, "hidden");
-  STD_TORCH_CHECK(lora_hidden.has_value() == lora_weight.has_value(),
-                  "lora_hidden and lora_weight go together");
-  const auto fits = [&](const Tensor& t) {
-    return (dtype_of(t) == DType::f64) == (compute == DType::f64);
-  };
-  STD_TORCH_CHECK(fits(hidden) && fits(weight) && (!bias || fits(*bias)) &&
-                      (!lora_hidden || (fits(*lora_hidden) && fits(*lora_weight))),
-                  "float64 operands are computed in float64, and no others are");
-  x = gather(hidden);
-  if (lora_hidden) u = gather(*lora_hidden);
+      weight_(arguments.weight),
+      bias_(arguments.bias),
+      lora_weight_(arguments.lora_weight) {
+  arguments.check();
+  x = gather(arguments.hidden);
+  if (arguments.lora_hidden) u = gather(*arguments.lora_hidden);
 }
 
 Tensor LinearProblem::gather(const Tensor& source_in) const {

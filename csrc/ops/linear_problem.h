@@ -10,12 +10,9 @@
 
 #include "cpu/row_kernels.h"
 #include "ops/gemm_cpu.h"
-#include "ops/rows.h"
+#include "ops/linear_arguments.h"
 
 namespace fusedpo {
-
-// The operators' arguments that have a gradient: bits of want_grads and needs.
-enum Gradient : int64_t { kHidden = 1, kWeight = 2, kBias = 4, kLoraHidden = 8, kLoraWeight = 16 };
 
 // Operands of one tile of the vocabulary, columns [begin, begin + n).
 struct VocabTile {
@@ -29,10 +26,7 @@ struct VocabTile {
 
 class LinearProblem {
  public:
-  LinearProblem(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                const OptionalTensor& lora_hidden, const OptionalTensor& lora_weight,
-                const Tensor& labels, int64_t ignore_index, const LogitTransform& logit_transform,
-                DType compute_type, int64_t vocab_tile);
+  explicit LinearProblem(const LinearArguments& arguments);
 
   const DType compute;  // what operands are rounded to
   const DType gemm;     // what GEMMs multiply: compute, or fp32 where that is faster

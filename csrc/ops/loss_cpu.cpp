@@ -1,306 +1,66 @@
-// The loss family on CPU: checks, allocation and the call into csrc/cpu. Forward forms every
-// derivative, so backward reads no log-prob again.
+// The loss family on the CPU.
 #include "cpu/loss_cpu.h"
 
 #include <algorithm>
-#include <string>
 
-#include "ops/stable.h"
+#include "ops/loss_operators.h"
 
 namespace fusedpo {
 namespace {
 
-int32_t code_of(ScalarType type) {
-  if (type == ScalarType::Long) return aoti_torch_dtype_int64();
-  return type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
-enum Reduction : int64_t { kMean = 0, kSum = 1 };
-
-// The mean of no pair is 0, not NaN: an empty batch must not spoil an accumulated loss.
-double scale_of(int64_t reduction, int64_t count) {
-  return reduction == kMean && count > 0 ? 1.0 / static_cast<double>(count) : 1.0;
-}
-
-void check_pairs(const Tensor& t, const Tensor& like, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == like.size(0) && t.scalar_type() == type, name,
-                  " must have the length ", like.size(0),
-                  " and the dtype that the other arguments ask for");
-}
-
-// A new tensor on the CPU, without the cost of a call through the dispatcher: with [B] numbers that
-// cost is most of the operator.
-Tensor new_cpu(const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * sizes[d - 1];
-  AtenTensorHandle handle = nullptr;
-  FUSEDPO_TORCH_CALL(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                              strides.data(), code_of(type),
-                                              aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// An optional input, checked and dense; null data when it is absent.
-class Input {
+class Cpu {
  public:
-  Input(const OptionalTensor& t, const Tensor& like, ScalarType type, const char* name) {
-    if (!t) return;
-    check_pairs(*t, like, type, name);
-    held_ = dense(*t);
-  }
-  template <typename T>
-  const T* data() const {
-    return held_ ? held_->const_data_ptr<T>() : nullptr;
+  explicit Cpu(const Tensor& /*like*/) {}
+
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) const {
+    return empty_cpu(sizes, code_of(type));
   }
 
- private:
-  OptionalTensor held_;
-};
-
-// [loss, losses, chosen_rewards, rejected_rewards, margins, accuracies, gradients, order]
-using PairResult =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor>;
-
-template <typename T>
-PairResult evaluate(const std::vector<LossItem>& items, const PairOptions& options,
-                    const PairBatch<T>& batch, const Tensor& like, int64_t reduction,
-                    unsigned needs) {
-  const ScalarType type = like.scalar_type();
-  const int64_t sorted = count_bits(sorted_losses(items));
-  const int64_t rows = count_bits(needs) + ((needs & kNeedLogps) != 0 ? sorted : 0);
-  Tensor loss = new_cpu({}, type), losses = new_cpu({batch.count}, type);
-  Tensor chosen = new_cpu({batch.count}, type), rejected = new_cpu({batch.count}, type);
-  Tensor margins = new_cpu({batch.count}, type);
-  Tensor accuracies = new_cpu({batch.count}, type);
-  OptionalTensor gradients, order;
-  PairResults<T> out;
-  if (needs != 0) {
-    gradients = new_cpu({rows, batch.count}, type);
-    out.gradients = gradients->mutable_data_ptr<T>();
-  }
-  std::vector<int64_t> unsaved;  // without a gradient the order is needed here only
-  if (sorted != 0) {
-    if ((needs & kNeedLogps) != 0) {
-      order = new_cpu({2 * sorted, batch.count}, ScalarType::Long);
-      out.order = order->mutable_data_ptr<int64_t>();
-    } else {
-      unsaved.resize(static_cast<size_t>(2 * sorted * batch.count));
-      out.order = unsaved.data();
-    }
-  }
-  out.total = loss.mutable_data_ptr<T>();
-  out.losses = losses.mutable_data_ptr<T>();
-  out.chosen_rewards = chosen.mutable_data_ptr<T>();
-  out.rejected_rewards = rejected.mutable_data_ptr<T>();
-  out.margins = margins.mutable_data_ptr<T>();
-  out.accuracies = accuracies.mutable_data_ptr<T>();
-  evaluate_pairs(items, options, batch, scale_of(reduction, batch.count), needs, out);
-  return {loss, losses, chosen, rejected, margins, accuracies, gradients, order};
-}
-
-std::vector<LossItem> loss_items(const std::vector<int64_t>& losses,
-                                 const std::vector<double>& weights,
-                                 const std::vector<double>& nll_weights) {
-  STD_TORCH_CHECK(
-      !losses.empty() && weights.size() == losses.size() && nll_weights.size() == losses.size(),
-      "losses, weights and nll_weights must have the same length, at least 1");
-  std::vector<LossItem> items;
-  for (size_t i = 0; i < losses.size(); ++i) {
-    STD_TORCH_CHECK(losses[i] >= 0 && losses[i] < static_cast<int64_t>(PairLoss::kCount),
-                    "losses must hold codes of paired losses; got ", losses[i]);
-    items.push_back({static_cast<PairLoss>(losses[i]), weights[i], nll_weights[i]});
-  }
-  return items;
-}
-
-PairResult preference_loss(const Tensor& chosen, const Tensor& rejected,
-                           const OptionalTensor& ref_chosen, const OptionalTensor& ref_rejected,
-                           const OptionalTensor& chosen_lengths,
-                           const OptionalTensor& rejected_lengths, const OptionalTensor& chosen_nll,
-                           const OptionalTensor& pair_weights, std::vector<int64_t> losses,
-                           std::vector<double> weights, std::vector<double> nll_weights,
-                           double beta, double label_smoothing, int64_t f_divergence,
-                           double f_alpha, double discopop_tau, double simpo_gamma, double alpha,
-                           int64_t reduction, int64_t needs) {
-  const ScalarType type = chosen.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "chosen_logps must be float32 or float64");
-  STD_TORCH_CHECK(f_divergence >= 0 && f_divergence <= static_cast<int64_t>(FDivergence::kAlpha),
-                  "f_divergence must be in [0, 3]; got ", f_divergence);
-  const std::vector<LossItem> items = loss_items(losses, weights, nll_weights);
-  for (const LossItem& item : items) {
-    STD_TORCH_CHECK(!has_reference(item.loss) || (ref_chosen && ref_rejected),
-                    "the named losses need ref_chosen_logps and ref_rejected_logps");
-    STD_TORCH_CHECK(!uses_lengths(item.loss) || (chosen_lengths && rejected_lengths),
-                    "the named losses need chosen_lengths and rejected_lengths");
-    STD_TORCH_CHECK(item.nll_weight == 0.0 || chosen_nll, "the named losses need chosen_nll");
-    STD_TORCH_CHECK(!sorts_batch(item.loss) || !pair_weights,
-                    "pair_weights cannot be used with losses that sort the batch");
-  }
-  const bool one_nll = chosen_nll && chosen_nll->dim() == 0;
-  STD_TORCH_CHECK(!one_nll || chosen_nll->scalar_type() == type,
-                  "chosen_nll must have the dtype of chosen_logps");
-  const PairOptions options{beta,    label_smoothing, static_cast<FDivergence>(f_divergence),
-                            f_alpha, discopop_tau,    simpo_gamma,
-                            alpha};
-  check_pairs(chosen, chosen, type, "chosen_logps");
-  const Input c(chosen, chosen, type, "chosen_logps"), r(rejected, chosen, type, "rejected_logps");
-  const Input rc(ref_chosen, chosen, type, "ref_chosen_logps");
-  const Input rr(ref_rejected, chosen, type, "ref_rejected_logps");
-  const Input cl(chosen_lengths, chosen, ScalarType::Long, "chosen_lengths");
-  const Input rl(rejected_lengths, chosen, ScalarType::Long, "rejected_lengths");
-  const Input nll(one_nll ? std::nullopt : chosen_nll, chosen, type, "chosen_nll");
-  const Input pw(pair_weights, chosen, type, "pair_weights");
-
-  const auto run = [&]<typename T>(T) {
-    PairBatch<T> batch;
-    batch.count = chosen.size(0);
-    batch.chosen = c.data<T>();
-    batch.rejected = r.data<T>();
-    batch.ref_chosen = rc.data<T>();
-    batch.ref_rejected = rr.data<T>();
-    batch.chosen_lengths = cl.data<int64_t>();
-    batch.rejected_lengths = rl.data<int64_t>();
-    batch.chosen_nll = one_nll ? chosen_nll->const_data_ptr<T>() : nll.data<T>();
-    batch.nll_stride = one_nll ? 0 : 1;
-    batch.pair_weights = pw.data<T>();
-    return evaluate<T>(items, options, batch, chosen, reduction, static_cast<unsigned>(needs));
-  };
-  return type == ScalarType::Double ? run(double{}) : run(float{});
-}
-
-bool has_empty_completion(const Tensor& chosen_lengths, const Tensor& rejected_lengths) {
-  for (const Tensor* lengths : {&chosen_lengths, &rejected_lengths}) {
-    check_pairs(*lengths, chosen_lengths, ScalarType::Long, "lengths");
-    const Tensor held = dense(*lengths);
-    const int64_t* n = held.const_data_ptr<int64_t>();
-    if (std::any_of(n, n + held.size(0), [](int64_t length) { return length < 1; })) return true;
-  }
-  return false;
-}
-
-// [loss, losses, rewards, gradients]
-using UnpairedResult = std::tuple<Tensor, Tensor, Tensor, OptionalTensor>;
-
-// The one value of a tensor of fp32 or fp64.
-double only_value(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.numel() == 1 && (t.scalar_type() == ScalarType::Float ||
-                                     t.scalar_type() == ScalarType::Double),
-                  name, " must be one float32 or float64 value");
-  return value_at(t.const_data_ptr(), dtype_of(t), 0);
-}
-
-UnpairedResult unpaired_loss_cpu(const Tensor& logps, const Tensor& ref_logps, const Tensor& labels,
-                                 const OptionalTensor& shift_value, int64_t loss, double beta,
-                                 double shift, double desirable_weight, double undesirable_weight,
-                                 int64_t reduction, int64_t needs) {
-  const ScalarType type = logps.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "logps must be float32 or float64");
-  STD_TORCH_CHECK(loss >= 0 && loss < static_cast<int64_t>(UnpairedLoss::kCount),
-                  "loss must be the code of an unpaired loss; got ", loss);
-  check_pairs(logps, logps, type, "logps");
-  const Input x(logps, logps, type, "logps"), ref(ref_logps, logps, type, "ref_logps");
-  const Input desirable(labels, logps, ScalarType::Bool, "labels");
-  if (shift_value) shift = only_value(*shift_value, "kl or delta");
-  const UnpairedOptions options{beta, shift > 0.0 || std::isnan(shift) ? shift : 0.0, shift,
-                                desirable_weight, undesirable_weight};
-  const int64_t count = logps.size(0);
-  const unsigned wanted = static_cast<unsigned>(needs);
-  const double scale = scale_of(reduction, count);
-  Tensor total = new_cpu({}, type);
-  Tensor losses = new_cpu({count}, type);
-  Tensor rewards = new_cpu({count}, type);
-  OptionalTensor gradients;
-  if (wanted != 0) gradients = new_cpu({count_bits(wanted), count}, type);
-  const auto run = [&]<typename T>(T) {
-    evaluate_unpaired<T>(static_cast<UnpairedLoss>(loss), options, count, x.data<T>(),
-                         ref.data<T>(), desirable.data<bool>(), scale, wanted,
-                         total.mutable_data_ptr<T>(), losses.mutable_data_ptr<T>(),
-                         rewards.mutable_data_ptr<T>(),
-                         gradients ? gradients->mutable_data_ptr<T>() : nullptr);
-  };
-  if (type == ScalarType::Double) {
-    run(double{});
-  } else {
-    run(float{});
-  }
-  return {total, losses, rewards, gradients};
-}
-
-using Gradients =
-    std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
-
-Gradients loss_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_losses_in,
-                        const Tensor& gradients_in, const OptionalTensor& order_in, int64_t needs,
-                        int64_t sorted, int64_t reduction, bool one_nll) {
-  STD_TORCH_CHECK(gradients_in.dim() == 2 && needs >= 0 && needs < (1 << kInputs) && sorted >= 0 &&
-                      sorted <= 3 && reduction >= 0 && reduction <= 1,
-                  "gradients, needs, sorted_bits and reduction must be what forward was given");
-  const Tensor gradients = dense(gradients_in);
-  const ScalarType type = gradients.scalar_type();
-  const int64_t count = gradients.size(1);
-  const unsigned wanted = static_cast<unsigned>(needs), sorted_bits = static_cast<unsigned>(sorted);
-  const int64_t sorted_rows = order_in ? count_bits(sorted_bits) : 0;
-  STD_TORCH_CHECK(gradients.size(0) == count_bits(wanted) + sorted_rows,
-                  "gradients must be what forward returned");
-  STD_TORCH_CHECK(!order_in || order_in->numel() == 2 * sorted_rows * count,
-                  "order must be what forward returned");
-  STD_TORCH_CHECK(!grad_loss || (grad_loss->numel() == 1 && grad_loss->scalar_type() == type),
-                  "grad_loss must be one value of gradients' dtype");
-  OptionalTensor order, grad_losses, out[kInputs];
-  if (order_in) {
-    order = dense(*order_in);
-    STD_TORCH_CHECK(order->scalar_type() == ScalarType::Long, "order must be int64");
-    const int64_t* at = order->const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < order->numel(); ++i) {
+  void check_order(const Tensor& order, int64_t count) const {
+    const int64_t* at = order.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < order.numel(); ++i) {
       STD_TORCH_CHECK(at[i] >= 0 && at[i] < count, "order must hold positions in [0, ", count,
                       "); got ", at[i]);
     }
   }
-  if (grad_losses_in) {
-    STD_TORCH_CHECK(grad_losses_in->numel() == count && grad_losses_in->scalar_type() == type,
-                    "grad_losses must have one value of gradients' dtype for each pair");
-    grad_losses = dense(*grad_losses_in);
+
+  template <typename T>
+  void evaluate_pairs(const std::vector<LossItem>& items, const PairOptions& options,
+                      const PairBatch<T>& batch, double scale, unsigned needs,
+                      const PairResults<T>& out) const {
+    fusedpo::evaluate_pairs(items, options, batch, scale, needs, out);
   }
-  for (int i = 0; i < kInputs; ++i) {
-    if ((wanted >> i & 1u) == 0) continue;
-    const bool one = one_nll && i == kInputs - 1;
-    out[i] = new_cpu(one ? std::vector<int64_t>{} : std::vector<int64_t>{count}, type);
+
+  template <typename T>
+  void evaluate_unpaired(UnpairedLoss loss, UnpairedOptions options, int64_t count, const T* logps,
+                         const T* ref_logps, const bool* desirable, const OptionalTensor& shift,
+                         double scale, unsigned needs, T* total, T* losses, T* rewards,
+                         T* gradients) const {
+    if (shift) options = with_shift(options, value_at(shift->const_data_ptr(), dtype_of(*shift), 0));
+    fusedpo::evaluate_unpaired(loss, options, count, logps, ref_logps, desirable, scale, needs,
+                               total, losses, rewards, gradients);
   }
-  const auto run = [&]<typename T>(T) {
-    GradientScale<T> in;
-    in.count = count;
-    in.needs = wanted;
-    in.sorted = order ? sorted_bits : 0u;
-    in.gradients = gradients.const_data_ptr<T>();
-    in.order = order ? order->const_data_ptr<int64_t>() : nullptr;
-    if (grad_loss) {
-      in.grad_total =
-          static_cast<double>(*grad_loss->const_data_ptr<T>()) * scale_of(reduction, count);
-    }
-    in.grad_losses = grad_losses ? grad_losses->const_data_ptr<T>() : nullptr;
-    in.sum_nll = one_nll;
-    T* rows[kInputs];
-    for (int i = 0; i < kInputs; ++i) rows[i] = out[i] ? out[i]->mutable_data_ptr<T>() : nullptr;
-    scale_gradients<T>(in, rows);
-  };
-  if (type == ScalarType::Double) {
-    run(double{});
-  } else {
-    run(float{});
+
+  // in.grad_total is the scale of *grad_loss.
+  template <typename T>
+  void scale_gradients(GradientScale<T> in, const T* grad_loss, T* const (&out)[kInputs]) const {
+    in.grad_total = grad_loss == nullptr ? 0.0 : static_cast<double>(*grad_loss) * in.grad_total;
+    fusedpo::scale_gradients(in, out);
   }
-  return {out[0], out[1], out[2], out[3], out[4]};
-}
+
+  bool any_below_one(const int64_t* chosen, const int64_t* rejected, int64_t count) const {
+    const auto empty = [](int64_t length) { return length < 1; };
+    return std::any_of(chosen, chosen + count, empty) ||
+           std::any_of(rejected, rejected + count, empty);
+  }
+};
 
 }  // namespace
 }  // namespace fusedpo
 
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
-  m.impl("preference_loss", TORCH_BOX(&fusedpo::preference_loss));
-  m.impl("unpaired_loss", TORCH_BOX(&fusedpo::unpaired_loss_cpu));
-  m.impl("has_empty_completion", TORCH_BOX(&fusedpo::has_empty_completion));
-  m.impl("loss_backward", TORCH_BOX(&fusedpo::loss_backward));
+  m.impl("preference_loss", TORCH_BOX(&fusedpo::preference_loss<fusedpo::Cpu>));
+  m.impl("unpaired_loss", TORCH_BOX(&fusedpo::unpaired_loss<fusedpo::Cpu>));
+  m.impl("has_empty_completion", TORCH_BOX(&fusedpo::has_empty_completion<fusedpo::Cpu>));
+  m.impl("loss_backward", TORCH_BOX(&fusedpo::loss_backward<fusedpo::Cpu>));
 }

@@ -54,6 +54,19 @@ struct KeptRows {
   int64_t count() const { return static_cast<int64_t>(position.size()); }
 };
 
+// `value`, at index i of the flattened labels, is neither ignore_index nor in [0, vocab).
+[[noreturn]] inline void throw_label_error(const Tensor& labels, int64_t i, int64_t value,
+                                           int64_t vocab, int64_t ignore_index) {
+  std::string position;
+  for (int64_t d = labels.dim() - 1, rest = i; d >= 0; rest /= labels.size(d), --d) {
+    position = std::to_string(rest % labels.size(d)) + (position.empty() ? "" : ", ") + position;
+  }
+  throw std::runtime_error("labels must be in [0, " + std::to_string(vocab) +
+                           ") or equal ignore_index (" + std::to_string(ignore_index) + "); got " +
+                           std::to_string(value) + " at position (" + position +
+                           (labels.dim() == 1 ? ",)" : ")"));
+}
+
 // Throws when a label is neither ignore_index nor in [0, vocab): the error names the first one.
 inline KeptRows kept_rows(const Tensor& labels_in, int64_t vocab, int64_t ignore_index) {
   const Tensor labels = torch::stable::contiguous(labels_in);
@@ -62,17 +75,7 @@ inline KeptRows kept_rows(const Tensor& labels_in, int64_t vocab, int64_t ignore
   KeptRows kept;
   for (int64_t i = 0; i < n; ++i) {
     if (y[i] == ignore_index) continue;
-    if (y[i] < 0 || y[i] >= vocab) {
-      std::string position;
-      for (int64_t d = labels.dim() - 1, rest = i; d >= 0; rest /= labels.size(d), --d) {
-        position =
-            std::to_string(rest % labels.size(d)) + (position.empty() ? "" : ", ") + position;
-      }
-      throw std::runtime_error("labels must be in [0, " + std::to_string(vocab) +
-                               ") or equal ignore_index (" + std::to_string(ignore_index) +
-                               "); got " + std::to_string(y[i]) + " at position (" + position +
-                               (labels.dim() == 1 ? ",)" : ")"));
-    }
+    if (y[i] < 0 || y[i] >= vocab) throw_label_error(labels, i, y[i], vocab, ignore_index);
     kept.position.push_back(i);
     kept.label.push_back(y[i]);
   }
@@ -84,6 +87,7 @@ inline void check_rows(const Tensor& rows, const Tensor& labels, const char* nam
   STD_TORCH_CHECK(rows.dim() == labels.dim() + 1, name,
                   " must have one dimension more than labels");
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels must be int64");
+  check_device(labels, rows, "labels");
   for (int64_t d = 0; d < labels.dim(); ++d) {
     STD_TORCH_CHECK(rows.size(d) == labels.size(d), name, " of shape ", shape_text(sizes_of(rows)),
                     " does not match labels of shape ", shape_text(sizes_of(labels)));

@@ -8,13 +8,17 @@
 //   metrics       bits: 1 entropy, 2 log_sum_sq_probs, 4 mean_logits, 8 is_top1
 // Results per row are shaped like labels, fp32 (fp64 for fp64 inputs), 0 where not scored. Tensors
 // that only backward reads are marked [saved]; their rows are the scored positions in order, and
-// rows past the number of scored positions are zero unless stated.
+// rows past the number of scored positions are zero unless stated. (What a device saves is its own:
+// "CUDA:" tells where it differs.) All tensors of a call are on one device.
+//
+// Labels outside [0, V) raise; CUDA: their rows give NaN, and raise with FUSEDPO_CHECK=1 in the
+// environment.
 #include "ops/stable.h"
 
 STABLE_TORCH_LIBRARY(fusedpo, m) {
   // Log-probs from logits [..., V].
   // inplace_backward only tells backward to write over logits.
-  // stats [saved] [N, 3]: max z, log sum exp(z - max), 1 - p_label.
+  // stats [saved] [N, 3]: max z, log sum exp(z - max), 1 - p_label; CUDA: a row per position.
   m.def(
       "token_logps(Tensor logits, Tensor labels, int ignore_index, float temperature, int metrics,"
       " bool inplace_backward=False)"
@@ -34,7 +38,8 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
   // Log-probs from hidden [..., H] and weight [V, H]; with lora_hidden [..., r] and lora_weight
   // [V, r] the product is x W^T + u B^T. The arithmetic is that of F.linear in compute_dtype:
   // operands are rounded to it tile by tile, never as a whole.
-  //   vocab_tile  vocabulary entries per GEMM
+  //   vocab_tile  vocabulary entries per GEMM; CUDA: only where a GEMM needs room of its own, for
+  //               operands that are cast or sums in fp32
   //   want_grads  bits, what is formed now by one more GEMM: 1 d logp / d hidden, 8 d logp / d
   //               lora_hidden
   //   keep_rows   at most how many scored rows' exp(z - anchor) are kept for the gradients of
@@ -44,7 +49,10 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
   // unit_grad [saved] [N, H], lora_unit_grad [N, r]: d logp / d hidden, fp32 (fp64).
   // kept [saved] [min(keep_rows, N), V] in compute_dtype: tile after tile, each [kept rows,
   // columns]; unspecified past the scored rows. anchors [saved] [min(keep_rows, N), tiles]: each
-  // tile's anchor.
+  // tile's anchor. CUDA: kept is [min(keep_rows, N), V rounded up to 64], d logp / d x of each row;
+  // no anchors.
+  // count [saved] [1] int64 on the CPU: scored rows; CUDA: -1 under graph capture, where the host
+  // does not know.
   m.def(
       "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden,"
       " Tensor? lora_weight, Tensor labels, int ignore_index, float temperature, float softcap,"
@@ -52,7 +60,7 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
       " int keep_rows)"
       " -> (Tensor logps, Tensor? entropy, Tensor? log_sum_sq_probs, Tensor? mean_logits,"
       " Tensor? is_top1, Tensor stats, Tensor? unit_grad, Tensor? lora_unit_grad, Tensor? kept,"
-      " Tensor? anchors)");
+      " Tensor? anchors, Tensor count)");
 
   // d loss / d hidden (or lora_hidden) from its unit gradient: row t scaled by grad_logps[t].
   m.def(
@@ -65,8 +73,9 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
   m.def(
       "linear_token_logps_backward(Tensor? grad_logps, Tensor? grad_entropy, Tensor hidden,"
       " Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, Tensor labels,"
-      " Tensor? entropy, Tensor stats, Tensor? kept, Tensor? anchors, int ignore_index,"
-      " float temperature, float softcap, float logit_scale, ScalarType compute_dtype,"
+      " Tensor? entropy, Tensor stats, Tensor? kept, Tensor? anchors, Tensor count,"
+      " int ignore_index, float temperature, float softcap, float logit_scale, ScalarType "
+      "compute_dtype,"
       " int vocab_tile, int needs)"
       " -> (Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? lora_hidden,"
       " Tensor? lora_weight)");
@@ -111,4 +120,7 @@ STABLE_TORCH_LIBRARY(fusedpo, m) {
 
   // JSON: the CPU kernels' instruction set and the route of bf16 GEMMs.
   m.def("cpu_info() -> str");
+
+  // JSON: the CUDA runtime linked in and the newest one the driver serves (0 without a driver).
+  m.def("cuda_info() -> str");
 }

@@ -44,8 +44,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// out = a @ b. out may be a view into a larger tensor. Shapes are checked here because mm.out would
-// answer a wrong one by resizing out away from its storage. Neither call is autocast.
+// out = a @ b on the CPU. out may be a view into a larger tensor. Shapes are checked here because
+// mm.out would answer a wrong one by resizing out away from its storage. Neither call is autocast.
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(out.size(0) == a.size(0) && out.size(1) == b.size(1) && a.size(1) == b.size(0),
                   "mm_out: shapes do not match");
@@ -65,6 +65,13 @@ inline Tensor narrowed(Tensor t, int64_t begin, int64_t rows) {
 }
 
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+inline Tensor columns(Tensor t, int64_t begin, int64_t cols) {
+  return torch::stable::narrow(t, 1, begin, cols);
+}
+
+// Values of `from` rounded to the type of `to`, whatever their strides.
+inline void copy_to(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
 
 // The first rows * cols values of a flat buffer as a [rows, cols] matrix.
 inline Tensor matrix(const Tensor& buffer, int64_t rows, int64_t cols) {
@@ -116,6 +123,13 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return std::vector<int64_t>(sizes.begin(), sizes.end());
 }
 
+// The dispatcher picks a kernel by one argument and does not compare the devices of the others.
+inline void check_device(const OptionalTensor& t, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(
+      !t || (t->is_cuda() == like.is_cuda() && t->get_device_index() == like.get_device_index()),
+      name, " must be on the device of the operator's first tensor");
+}
+
 // "[4, 128]", as Python prints shapes.
 inline std::string shape_text(const std::vector<int64_t>& sizes) {
   std::string text = "[";
@@ -127,6 +141,18 @@ inline std::string shape_text(const std::vector<int64_t>& sizes) {
 
 inline Tensor empty_as(const Tensor& like, std::vector<int64_t> sizes, DType type) {
   return torch::stable::new_empty(like, sizes, scalar_type_of(type));
+}
+
+// On the CPU, without the cost of a call through the dispatcher, which is most of an operator on
+// [B] numbers. `code` is one of aoti_torch_dtype_*().
+inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t code) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * sizes[d - 1];
+  AtenTensorHandle handle = nullptr;
+  FUSEDPO_TORCH_CALL(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                              strides.data(), code, aoti_torch_device_type_cpu(), 0,
+                                              &handle));
+  return Tensor(handle);
 }
 
 inline Tensor zeros_as(const Tensor& like, std::vector<int64_t> sizes, DType type) {

@@ -46,6 +46,7 @@ def examine() -> dict[str, Any]:
         "loaded": {kind: _load.native(kind) for kind in ("cpu", "cuda")},
         "why_not": {kind: _load.why_not(kind) for kind in ("cpu", "cuda")},
         "cpu": _cpu_info(),
+        "cuda": _load.cuda_versions(),
         "devices": _devices(),
         "paths": _paths(),
         "checks": _checks(),
@@ -90,6 +91,8 @@ def _paths() -> list[dict[str, str]]:
 def _path(operator: str | None, kind: str, dtype: str, cpu: dict[str, str] | None) -> str:
     if operator is None or not _load.native(kind):
         return _REFERENCE
+    if kind == "cuda":
+        return "CUDA"
     # Where the GEMM has no fast path for a half type, its tiles are widened to fp32 first.
     widened = {"fp16", "bf16"} if cpu and cpu["bf16_gemm"] == "widened" else {"fp16"}
     if operator == "linear_token_logps" and dtype in widened:
@@ -107,19 +110,23 @@ def _checks() -> dict[str, str]:
     data, expected = _CRC_CHECK
     found = _store.crc32c(data)
     checks["_store.crc32c"] = "ok" if found == expected else f"got {found:#x}, not {expected:#x}"
-    for name, dtype in _DTYPES.items():
-        try:
-            checks[f"operators {name}"] = _compare_with_reference(dtype)
-        except Exception as e:
-            checks[f"operators {name}"] = f"{type(e).__name__}: {e}"
+    kinds = {"cpu": "operators"}
+    if torch.cuda.is_available() and _load.native("cuda"):
+        kinds["cuda"] = "CUDA operators"
+    for kind, operators in kinds.items():
+        for name, dtype in _DTYPES.items():
+            try:
+                checks[f"{operators} {name}"] = _compare_with_reference(kind, dtype)
+            except Exception as e:
+                checks[f"{operators} {name}"] = f"{type(e).__name__}: {e}"
     return checks
 
 
-def _compare_with_reference(dtype: torch.dtype) -> str:
+def _compare_with_reference(kind: str, dtype: torch.dtype) -> str:
     """Both log-prob functions on 4 rows, against the fp64 reference."""
-    hidden = torch.linspace(-1.0, 1.0, 12).reshape(4, 3).to(dtype)
-    weight = torch.linspace(-2.0, 2.0, 21).reshape(7, 3).to(dtype)
-    labels = torch.tensor([0, 6, -100, 3])
+    hidden = torch.linspace(-1.0, 1.0, 12, device=kind).reshape(4, 3).to(dtype)
+    weight = torch.linspace(-2.0, 2.0, 21, device=kind).reshape(7, 3).to(dtype)
+    labels = torch.tensor([0, 6, -100, 3], device=kind)
     logits = hidden.double() @ weight.double().T
     exact = fusedpo.reference.token_logps(logits, labels).logps
     rounded = fusedpo.reference.token_logps(logits.to(dtype).double(), labels).logps
@@ -222,6 +229,10 @@ def _render_build(report: dict[str, Any]) -> list[str]:
     if report["cpu"] is not None:
         cpu = report["cpu"]
         lines.append(f"cpu:     instruction set {cpu['isa']}, bf16 GEMM {cpu['bf16_gemm']}")
+    if report["cuda"] is not None:
+        runtime, driver = (_load.cuda_text(report["cuda"][x]) for x in ("runtime", "driver"))
+        serves = f"the driver serves {driver}" if report["cuda"]["driver"] else "no driver"
+        lines.append(f"cuda:    runtime {runtime} linked in, {serves}")
     for name, result in report["checks"].items():
         lines.append(f"checked: {name}: {result}")
     return lines

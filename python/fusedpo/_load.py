@@ -21,10 +21,12 @@ _OLDEST_TORCH = (2, 10)
 _INSTALL_COMPILER = (
     "install a C++ compiler (Debian, Ubuntu: apt install g++) and install fusedpo again"
 )
+_BUILD_CUDA = "install the CUDA toolkit and install fusedpo again with FUSEDPO_CUDA=ON"
 _REINSTALL = "install fusedpo again with FUSEDPO_NATIVE=require, which shows the build error"
 
 BUILD: dict[str, Any] = {}  # what was built; {} when pure Python
 _problems: dict[str, str] = {}  # device type -> reason and remedy; absent when loaded
+_driver_checked = False
 _warned: set[str] = set()
 
 
@@ -38,7 +40,9 @@ def why_not(device_type: str) -> str | None:
     if device_type == "cpu":
         return _problems.get("cpu")
     if device_type == "cuda":
-        return "this version of fusedpo has no CUDA operators yet; nothing needs to be installed"
+        if not torch.compiler.is_compiling() and not _driver_checked:
+            _check_driver()
+        return _problems.get("cuda")
     return f"fusedpo has no C++ operators for {device_type} tensors; move them to cpu to use them"
 
 
@@ -113,6 +117,60 @@ def _load_cpu() -> None:
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
 
 
+def _load_cuda() -> None:
+    """Loads the CUDA operators, without starting CUDA; where it cannot, fills in `_problems`."""
+    if "cpu" in _problems:  # they share the schemas
+        _problems["cuda"] = _problems["cpu"]
+        return
+    if not BUILD.get("cuda"):
+        reason = BUILD.get("cuda_reason", "no build information")
+        _problems["cuda"] = f"fusedpo was built without CUDA operators ({reason}); {_BUILD_CUDA}"
+        return
+    if torch.version.cuda is None:
+        _problems["cuda"] = (
+            f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch "
+            "(https://pytorch.org/get-started/locally)"
+        )
+        return
+    store = sys.modules["fusedpo._store"]
+    library = pathlib.Path(str(store.__file__)).parent / "libfusedpo_ops_cuda.so"
+    if not library.exists():
+        raise FileNotFoundError(f"{library.name} is missing from the install")
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+
+
+def cuda_versions() -> dict[str, int] | None:
+    """CUDA_VERSION of the `runtime` linked in and of the newest one the `driver` serves (0 without
+    a driver), as 1000 major + 10 minor; None where the CUDA operators are not loaded."""
+    try:
+        versions: dict[str, int] = json.loads(torch.ops.fusedpo.cuda_info())
+    except (AttributeError, RuntimeError):  # no schema; no kernel
+        return None
+    return versions
+
+
+def _check_driver() -> None:
+    # Not at import: asking the driver opens its library.
+    global _driver_checked
+    _driver_checked = True
+    versions = cuda_versions()
+    if versions is None:
+        return
+    runtime, driver = versions["runtime"], versions["driver"]
+    if driver // 1000 < runtime // 1000:  # one major version's drivers serve all its runtimes
+        found = f"serves CUDA {cuda_text(driver)}" if driver else "was not found"
+        _problems["cuda"] = (
+            f"the NVIDIA driver {found}, and fusedpo's CUDA operators need a driver for CUDA "
+            f"{runtime // 1000}: they were built with {cuda_text(runtime)}. Update the driver, or "
+            f"install fusedpo again with a CUDA toolkit that the driver serves"
+        )
+
+
+def cuda_text(version: int) -> str:
+    """ "13.0" for 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _load() -> None:
     # Whatever goes wrong here must not take away the import: the reference still works.
     try:
@@ -121,6 +179,11 @@ def _load() -> None:
         # load_library hides the reason of the dynamic loader in the cause.
         _problems["broken"] = f"{type(e).__name__}: {e.__cause__ or e}"
         _problems["cpu"] = f"the compiled files do not load ({_problems['broken']}); {_REINSTALL}"
+    try:
+        _load_cuda()
+    except Exception as e:
+        _problems["broken"] = f"{type(e).__name__}: {e.__cause__ or e}"
+        _problems["cuda"] = f"the CUDA operators do not load ({_problems['broken']}); {_REINSTALL}"
 
 
 _load()

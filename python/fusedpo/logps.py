@@ -14,9 +14,9 @@ from ._check import check_linear, check_token_logps, linear_compute_dtype, refus
 from .reference import TokenLogps
 
 if TYPE_CHECKING or _load.native("cpu"):
-    from .ops import METRIC_BITS
+    from .ops import METRIC_BITS, kept_columns
 
-_BUDGET_CPU = 256 * 2**20  # logits kept for the weight's gradient, bytes
+_BUDGETS = {"cpu": 256 * 2**20, "cuda": 5 * 2**29}  # logits kept for the weight's gradient, bytes
 _MOST_ROWS = 2**62
 
 
@@ -55,7 +55,8 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
-        RuntimeError: a label outside [0, V); names the first position and value.
+        RuntimeError: a label outside [0, V); names the first position and value. (On CUDA such rows
+            give NaN instead, unless FUSEDPO_CHECK=1 is set: to raise, the host has to wait.)
 
     Example:
         >>> logits = torch.zeros(2, 3, 8)
@@ -135,7 +136,8 @@ def linear_token_logps(
             `hidden @ weight.T + scale * (hidden @ A.T) @ B.T`, with gradients for A and B. (The
             small product with A runs over all positions.)
         logits_budget_bytes: how much of the logits may be kept for the gradients of weight, bias
-            and B (None: 256 MiB on CPU); past it they are recomputed.
+            and B (None: 256 MiB on CPU, 2.5 GiB on CUDA); past it they are recomputed. On CUDA
+            recomputed rows also cost a read and write of a float32 `[V, H]` per gibibyte of logits.
 
     Returns:
         TokenLogps: fields shaped like `labels`, in nats, float32 (float64 for float64 inputs, bool
@@ -143,7 +145,8 @@ def linear_token_logps(
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or name.
-        RuntimeError: a label outside [0, V); names the first position and value.
+        RuntimeError: a label outside [0, V); names the first position and value. (On CUDA such rows
+            give NaN instead, unless FUSEDPO_CHECK=1 is set: to raise, the host has to wait.)
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3, 16), torch.zeros(8, 16)
@@ -190,11 +193,11 @@ def linear_token_logps(
         lora_hidden = F.linear(scored, lora_a) * lora_scale
 
     compute_dtype = linear_compute_dtype(hidden)
-    vocabulary = weight.shape[0]
-    keep_rows = 0
+    keep_rows, vocabulary = 0, weight.shape[0]
     if _needs_grad(weight, bias, lora_weight):
-        budget = _BUDGET_CPU if logits_budget_bytes is None else logits_budget_bytes
-        keep_rows = min(budget // (vocabulary * compute_dtype.itemsize), _MOST_ROWS)
+        budget = _BUDGETS[device] if logits_budget_bytes is None else logits_budget_bytes
+        row_bytes = kept_columns(vocabulary, device) * compute_dtype.itemsize
+        keep_rows = min(budget // row_bytes, _MOST_ROWS)
     out = torch.ops.fusedpo.linear_token_logps.default(
         hidden,
         weight,
@@ -208,15 +211,21 @@ def linear_token_logps(
         float(logit_scale),
         _metric_bits(metrics),
         compute_dtype,
-        _vocab_tile(hidden.shape[-1]),
+        _vocab_tile(hidden.shape[-1], device),
         _needs_grad(hidden) * 1 + _needs_grad(lora_hidden) * 8,
         keep_rows,
     )
     return TokenLogps(*out[:5])
 
 
-def _vocab_tile(size: int) -> int:
-    """Vocabulary entries per matrix product: an operand tile of about 2M values stays in cache."""
+def _vocab_tile(size: int, device_type: str) -> int:
+    """Vocabulary entries per matrix product.
+
+    On a CPU an operand tile of about 2M values stays in cache. On CUDA tiles are only what a cast
+    of the weight or a sum in float32 needs memory for: 64M values, 128 MiB in bfloat16.
+    """
+    if device_type == "cuda":
+        return max(4096, 2**26 // max(size, 1) // 64 * 64)
     return max(256, min(4096, 2**21 // max(size, 1) // 64 * 64))
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 METRIC_BITS = {"entropy": 1, "log_sum_sq_probs": 2, "mean_logits": 4, "is_top1": 8}
 _HIDDEN, _LORA_HIDDEN = 1, 8  # bits of `needs` and `want_grads`: one per tensor argument, in order
+# Device types that keep logits as rows of the whole vocabulary: padded, and without anchors.
+_KEEP_WHOLE_ROWS = {"cuda"}
 
 _ops = torch.ops.fusedpo
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -27,6 +29,11 @@ def _register_fake(name: str) -> Callable[[_Function], _Function]:
 
 def _result_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kept_columns(vocabulary: Any, device_type: str) -> Any:
+    """Values of a row of logits that is kept for the gradients of weight, bias and lora_weight."""
+    return (vocabulary + 63) // 64 * 64 if device_type in _KEEP_WHOLE_ROWS else vocabulary
 
 
 def _fake_rows(
@@ -130,11 +137,13 @@ def _(
     lora_unit = saved(count, lora_columns, dtype, bool(want_grads & _LORA_HIDDEN))
     sym_min: Any = torch.sym_min  # untyped
     keeps, kept_rows = keep_rows > 0, sym_min(count, keep_rows)
-    kept = saved(kept_rows, vocabulary, compute_dtype, keeps)
+    device_type = hidden.device.type
+    kept = saved(kept_rows, kept_columns(vocabulary, device_type), compute_dtype, keeps)
     tiles = (vocabulary + vocab_tile - 1) // vocab_tile
-    anchors = saved(kept_rows, tiles, dtype, keeps)
+    anchors = saved(kept_rows, tiles, dtype, keeps and device_type not in _KEEP_WHOLE_ROWS)
+    count = labels.new_empty((1,), device="cpu")
     results = _fake_rows(hidden, labels, dtype, metrics)
-    return *results, stats, unit, lora_unit, kept, anchors
+    return *results, stats, unit, lora_unit, kept, anchors, count
 
 
 @_register_fake("fusedpo::linear_token_logps_backward_hidden")
@@ -155,7 +164,7 @@ def _(grad_logps: Any, grad_entropy: Any, *inputs: Any) -> tuple[Any, ...]:
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     parameters, labels, ctx.options = inputs[:5], inputs[5], inputs[6:13]
-    _, entropy, sums, means, top1, stats, unit, lora_unit, kept, anchors = output
+    _, entropy, sums, means, top1, stats, unit, lora_unit, kept, anchors, count = output
     hidden, lora_hidden = parameters[0], parameters[3]
     ctx.hidden_dtype = hidden.dtype
     ctx.lora_dtype = None if lora_hidden is None else lora_hidden.dtype
@@ -168,8 +177,10 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     recomputes = unit_missing or entropy is not None
     if not (recomputes or weight_needs or bias_needs or lora_weight_needs):
         parameters = (None,) * 5
-    ctx.save_for_backward(*parameters, labels, entropy, stats, unit, lora_unit, kept, anchors)
-    saved = (sums, means, top1, stats, unit, lora_unit, kept, anchors)
+    ctx.save_for_backward(
+        *parameters, labels, entropy, stats, unit, lora_unit, kept, anchors, count
+    )
+    saved = (sums, means, top1, stats, unit, lora_unit, kept, anchors, count)
     ctx.mark_non_differentiable(*(x for x in saved if x is not None))
     ctx.set_materialize_grads(False)
 
@@ -182,7 +193,7 @@ def _linear_backward(ctx: Any, grad_logps: Any, grad_entropy: Any, *_: Any) -> t
     grads: list[Any] = [None] * 5
     if grad_logps is None and grad_entropy is None:
         return (*grads, *(None,) * 10)
-    *parameters, labels, entropy, stats, unit, lora_unit, kept, anchors = ctx.saved_tensors
+    *parameters, labels, entropy, stats, unit, lora_unit, kept, anchors, count = ctx.saved_tensors
     ignore_index = ctx.options[0]
     needs = sum(1 << i for i in range(5) if ctx.needs_input_grad[i])
     formed = 0
@@ -199,7 +210,7 @@ def _linear_backward(ctx: Any, grad_logps: Any, grad_entropy: Any, *_: Any) -> t
             formed |= _LORA_HIDDEN
     needs &= ~formed
     if needs:
-        saved = (labels, entropy, stats, kept, anchors)
+        saved = (labels, entropy, stats, kept, anchors, count)
         # options: ignore_index, temperature, softcap, logit_scale, metrics, compute_dtype, tile
         options = (*ctx.options[:4], *ctx.options[5:7])
         recomputed = _ops.linear_token_logps_backward.default(

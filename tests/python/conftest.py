@@ -6,10 +6,13 @@ import os
 import pathlib
 import random
 
+import cuda_host_ops
 import fusedpo
 import numpy as np
 import pytest
 import torch
+
+cuda_host_ops.load()
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +42,7 @@ def pytest_report_header() -> list[str]:
     return [
         f"fusedpo {fusedpo.__version__} from {pathlib.Path(fusedpo.__file__).parent}",
         f"C++ operators: {'loaded' if why is None else 'not loaded: ' + why}",
+        *([f"CUDA operators emulated by {cuda_host_ops.LIBRARY}"] if cuda_host_ops.LIBRARY else []),
     ]
 
 

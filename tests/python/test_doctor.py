@@ -12,7 +12,7 @@ from importlib import metadata
 import fusedpo
 import pytest
 import torch
-from fusedpo import _doctor
+from fusedpo import _doctor, _load
 from installs import copy_package, needs_native
 
 
@@ -48,7 +48,7 @@ def test_build_and_processor_are_reported() -> None:
     assert report["cpu"]["isa"] in report["built"]["isas"]
     assert report["cpu"]["bf16_gemm"] in ("native", "widened")
     assert set(report["checks"].values()) == {"ok"}
-    assert len(report["checks"]) == 5
+    assert len(report["checks"]) == (9 if cuda_serves() else 5)
 
 
 def test_every_device_and_dtype_has_a_path_for_every_function() -> None:
@@ -58,7 +58,7 @@ def test_every_device_and_dtype_has_a_path_for_every_function() -> None:
     for row in rows:
         for function in _doctor._FUNCTIONS:
             assert callable(getattr(fusedpo, function))
-            assert row[function] in ("C++", "C++, widened tiles", "torch reference")
+            assert row[function] in ("C++", "C++, widened tiles", "CUDA", "torch reference")
 
 
 @needs_native
@@ -104,12 +104,47 @@ def test_wrong_result_of_an_operator_exits_with_1(monkeypatch: pytest.MonkeyPatc
     assert "_store.crc32c: got 0x0" in _doctor.examine()["broken"][0]
 
 
-def test_cuda_operators_are_not_claimed() -> None:
+def cuda_serves() -> bool:
+    return torch.cuda.is_available() and _load.native("cuda")
+
+
+def test_cuda_operators_are_reported_as_they_are() -> None:
     report = _doctor.examine()
-    assert report["loaded"]["cuda"] is False
-    assert any(remedy.startswith("cuda:") for remedy in report["remedies"])
-    if report["built"] is not None:
-        assert report["built"]["cuda"] is False
+    assert report["loaded"]["cuda"] is (report["why_not"]["cuda"] is None)
+    if not report["loaded"]["cuda"]:
+        (remedy,) = [line for line in report["remedies"] if line.startswith("cuda:")]
+        assert "install" in remedy or "Update the driver" in remedy
+    if torch.version.cuda is None:
+        assert report["loaded"]["cuda"] is False
+        assert report["cuda"] is None
+
+
+@pytest.mark.parametrize(
+    ("runtime", "driver", "text"),
+    [
+        (13020, 12080, "serves CUDA 12.8"),
+        (13000, 0, "was not found"),
+        (13020, 13000, None),  # one major version's drivers serve all its runtimes
+        (12080, 13000, None),
+    ],
+)
+def test_a_driver_older_than_the_runtime_is_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, runtime: int, driver: int, text: str | None
+) -> None:
+    # As if the library had been loaded.
+    monkeypatch.setattr(_load, "_problems", {})
+    monkeypatch.setattr(_load, "_driver_checked", False)
+    monkeypatch.setattr(_load, "cuda_versions", lambda: {"runtime": runtime, "driver": driver})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = _doctor.examine()
+    assert report["loaded"]["cuda"] is (text is None)
+    rendered = _doctor.render(report)
+    assert f"runtime {runtime // 1000}.{runtime % 1000 // 10} linked in" in rendered
+    assert ("linked in, no driver" in rendered) is (driver == 0)
+    if text is not None:
+        assert text in report["why_not"]["cuda"]
+        assert "Update the driver" in report["why_not"]["cuda"]
+    assert not report["broken"]
 
 
 def versions_with(monkeypatch: pytest.MonkeyPatch, found: dict[str, str]) -> dict[str, dict]:

@@ -172,6 +172,6 @@ def test_native_operators_are_loaded_where_they_are_required() -> None:
 
 
 def test_unknown_devices_have_a_reason() -> None:
-    for kind in ("cuda", "mps", "xpu"):
+    for kind in ("mps", "xpu"):
         assert not fusedpo._load.native(kind)
         assert fusedpo._load.why_not(kind)

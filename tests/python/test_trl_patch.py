@@ -386,6 +386,9 @@ def test_status_tells_version_support_and_path(monkeypatch: Any) -> None:
         assert status().paths == {"cpu": "fusedpo operators", "cuda": "TRL's own head"}
         monkeypatch.setattr("fusedpo._load.native", lambda device: False)
         assert status().paths["cpu"] == "fusedpo.reference"
+        monkeypatch.setattr("fusedpo._load.native", lambda device: True)
+        assert status().paths["cuda"] == "fusedpo operators"
+        assert trl_utils._use_triton(torch.device("cuda"))  # with Triton or without
     monkeypatch.setattr("fusedpo.trl.patch.installed", lambda: "1.13.0")
     assert not status().supported
     assert "older than the supported range" in str(status().problem)

@@ -193,7 +193,7 @@ def _native(device_type: str) -> bool:
 
 def _keeps_labelled_only(use_triton: Any) -> Any:
     def keeps_labelled_only(device: torch.device) -> bool:
-        return device.type == "cpu" or bool(use_triton(device))
+        return _runs_ours(device.type) or bool(use_triton(device))
 
     return keeps_labelled_only
 

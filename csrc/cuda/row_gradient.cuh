@@ -1,0 +1,157 @@
+// The writing pass: d loss / d x over one row by one block, from the row and what is known of it.
+//
+//   d loss / d x_v = k (1 - tanh^2) (g_l (1[v = y] - p_v) - g_h p_v (log p_v + h))
+//
+// with g_l, g_h the upstream gradients of logp and entropy, h the entropy, k = scale / temperature.
+// With t = u bits - anchor, p_v = 2^t f and log p_v = (t - c) / bits per nat: so off the label it
+// is 2^t (constant + linear t), times 1 - tanh^2. A value costs, besides its load and its store:
+// two conversions (16-bit types), a multiply-add, a power and a multiplication. Vectors are walked
+// from the end of the row: what the reading pass read last is still in the L2 cache.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/row.cuh"
+#include "cuda/row_sums.cuh"
+
+namespace fusedpo::cuda {
+
+struct RowCoefficients {
+  double bits, anchor, constant, linear;
+  double at_label;  // the label's own entry
+};
+
+// `bits` per nat; k = scale / temperature, times whatever the caller wants; label_z: used where the
+// entropy has a gradient.
+__device__ FUSEDPO_OUTLINED inline RowCoefficients row_coefficients(const RowGradient& g,
+                                                                    double bits, double k,
+                                                                    double label_z,
+                                                                    double relative_slope) {
+  RowCoefficients c;
+  c.bits = bits;
+  c.anchor = std::ceil(g.max * bits);
+  const double below = g.max * bits - c.anchor;
+  const double share = -k * exp(-g.log_sum) * exp2(-below);
+  c.constant = share * (g.grad_logp + g.grad_entropy * (g.entropy - g.log_sum - below / bits));
+  c.linear = share * g.grad_entropy / bits;
+  double at_label = g.grad_logp * g.rest_share;
+  if (g.grad_entropy != 0.0) {
+    // max is rounded: near p = 1 that would be all there is.
+    const double logp =
+        g.rest_share < 0.5 ? log1p(-g.rest_share) : label_z - g.max - g.log_sum;
+    const double p = exp(logp);
+    at_label -= p == 0.0 ? 0.0 : g.grad_entropy * p * (logp + g.entropy);
+  }
+  c.at_label = k * relative_slope * at_label;
+  return c;
+}
+
+// The same in the compute type.
+template <typename C>
+struct Slopes {
+  C bits, anchor, constant, linear;
+};
+
+template <typename Row, bool kEntropy>
+__device__ inline typename Row::C gradient_of(const Row& row, typename Row::C u,
+                                              const Slopes<typename Row::C>& c) {
+  using C = typename Row::C;
+  const C t = std::fma(u, c.bits, -c.anchor);
+  const C e = exp2_fast(t);
+  const C g = e * (kEntropy ? std::fma(c.linear, bounded_below(t), c.constant) : c.constant);
+  return Row::kPlain ? g : g * row.relative_slope(u);
+}
+
+template <typename T>
+__device__ inline void store_value(T* out, Compute<T> x) {
+  from_float(x, out);
+}
+
+// Writes every entry; `out` may be the row itself. Then the label's is still wrong.
+template <typename Row, bool kEntropy>
+__device__ inline void write_row(const Row& row, const RowSplit<typename Row::Value>& split,
+                                 const Slopes<typename Row::C>& c, typename Row::Value* out) {
+  using T = typename Row::Value;
+  constexpr int kPer = kPerVector<T>, kBatch = Row::kBatch;
+  using Plan = Batches<kBatch>;
+  const bool aligned = reinterpret_cast<uintptr_t>(out + split.head) % 16 == 0;
+  const int batches = (split.vectors - Plan::first() + Plan::step() - 1) / Plan::step();
+  for (int k = batches - 1; k >= 0; --k) {
+    const int vector = Plan::first() + k * Plan::step(), begin = split.begin_of(vector);
+    Words words[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      words[b] = Words{};
+      if (vector + 32 * b < split.vectors) words[b] = load_words_last(row.data + begin + 32 * b * kPer);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const bool inside = vector + 32 * b < split.vectors;
+      if (!Row::kPlain && !inside) continue;  // there is no bias
+      const int v = begin + 32 * b * kPer;
+      typename Row::C x[kPer];
+      unpack<T>(words[b], x);
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) x[i] = gradient_of<Row, kEntropy>(row, row.u(x[i], v + i), c);
+      if (!inside) continue;
+      if (aligned) {
+        store_words(out + v, pack_all<T>(x));
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) store_value(out + v + i, x[i]);
+      }
+    }
+  }
+  const int single = single_of(split, -1);
+  if (single >= 0) {
+    store_value(out + single, gradient_of<Row, kEntropy>(row, u_at(row, single), c));
+  }
+}
+
+// d loss / d x times `scale` to `out`, which may be the row. Every thread of the block calls it; g
+// and relative_slope (1 - tanh^2 at the label) count in thread 0 only.
+template <typename Row, bool kMayHaveEntropy>
+__device__ inline void write_gradient(const Row& row, int cols, int label, const LogitTransform& f,
+                                      const RowGradient& g, double relative_slope, double scale,
+                                      typename Row::Value* out) {
+  using C = typename Row::C;
+  __shared__ Slopes<C> shared;
+  C at_label = 0;
+  if (threadIdx.x == 0) {
+    const double per_u = static_cast<double>(row.bits);
+    const bool extreme = is_extreme<C>(g.max / row.inner, per_u);
+    const double bits = (extreme ? kFewBits<C> : per_u) / row.inner;
+    double z = 0.0;
+    if (g.grad_entropy != 0.0) {
+      z = label_logit(static_cast<double>(to_float(row.data[label])) + row.bias_at(label), f.scale,
+                      f.softcap, f.temperature)
+              .z;
+    }
+    const RowCoefficients c = row_coefficients(g, bits, scale * row.slope(), z, relative_slope);
+    shared = {static_cast<C>(c.bits * row.inner), static_cast<C>(c.anchor),
+              static_cast<C>(c.constant), static_cast<C>(c.linear)};
+    at_label = static_cast<C>(c.at_label);
+  }
+  __syncthreads();
+  const Slopes<C> c = shared;
+  const RowSplit<typename Row::Value> split(row.data, cols);
+  if (kMayHaveEntropy && c.linear != C(0)) {
+    write_row<Row, true>(row, split, c, out);
+  } else {
+    write_row<Row, false>(row, split, c, out);
+  }
+  __syncthreads();  // the label's entry is written twice
+  if (threadIdx.x == 0) store_value(out + label, at_label);
+}
+
+// A row of zeros.
+template <typename T>
+__device__ inline void write_zeros(T* out, int cols) {
+  const RowSplit<T> split(out, cols);
+  for (int i = static_cast<int>(threadIdx.x); i < split.vectors; i += static_cast<int>(blockDim.x)) {
+    store_words(out + split.begin_of(i), Words{});
+  }
+  const int single = single_of(split, -1);
+  if (single >= 0) out[single] = T{};
+}
+
+}  // namespace fusedpo::cuda

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# test_cuda_host_ops.sh VENV: the operators' tests over emulated CUDA operators, then some of them
+# once more as if every call were captured into a CUDA graph.
+set -euo pipefail
+venv=$1
+FUSEDPO_TEST_CUDA_HOST=$(scripts/build_cuda_host_ops.sh "$venv" build/cuda-host-ops)
+export FUSEDPO_TEST_CUDA_HOST
+
+tests() { "$venv/bin/python" -m pytest --durations=5 "${@/#/tests/python/}"; }
+
+tests test_cuda_host.py test_token_logps.py test_linear_logps.py test_gradients.py test_contract.py \
+  test_losses.py test_autocast.py test_extremes.py test_symptoms.py test_compile.py
+export FUSEDPO_TEST_CAPTURING=1
+tests test_linear_logps.py test_gradients.py

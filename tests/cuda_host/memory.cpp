@@ -1,0 +1,76 @@
+#include "memory.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+
+#include "cuda_host.h"
+
+extern "C" {
+// Null unless the program is linked with memory_check.cpp.
+__attribute__((weak)) void __tsan_init();
+// Null unless the program is built with AddressSanitizer.
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void* at, size_t bytes);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* at, size_t bytes);
+}
+
+namespace cuda_host {
+
+bool memory_is_checked() { return __tsan_init != nullptr; }
+
+namespace {
+
+std::mutex mutex;
+std::map<const char*, DeviceMemory*> by_begin;
+
+}  // namespace
+
+DeviceMemory::DeviceMemory(size_t bytes, size_t offset) {
+  if (posix_memalign(&allocation_, 256, offset + bytes) != 0) throw std::bad_alloc();
+  begin_ = static_cast<char*>(allocation_) + offset;
+  end_ = begin_ + bytes;
+  std::memset(begin_, 0xff, bytes);
+  if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(allocation_, offset);
+  const std::lock_guard<std::mutex> lock(mutex);
+  by_begin[begin_] = this;
+}
+
+DeviceMemory::~DeviceMemory() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    by_begin.erase(begin_);
+  }
+  if (__asan_unpoison_memory_region != nullptr) {
+    __asan_unpoison_memory_region(allocation_,
+                                  static_cast<size_t>(end_ - static_cast<char*>(allocation_)));
+  }
+  std::free(allocation_);
+}
+
+void DeviceMemory::note_written(const void* at, size_t bytes) {
+  if (!memory_is_checked()) return;
+  ByteHistory* byte = history() + (static_cast<const char*>(at) - begin_);
+  for (size_t i = 0; i < bytes; ++i) byte[i].write = 1;
+}
+
+void DeviceMemory::forbid(size_t from, size_t to) {
+  forbidden_.resize(size());
+  for (size_t i = from; i < to; ++i) forbidden_[i] = true;
+}
+
+DeviceMemory* DeviceMemory::find(const void* at) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto after = by_begin.upper_bound(static_cast<const char*>(at));
+  if (after == by_begin.begin()) return nullptr;
+  DeviceMemory* memory = (--after)->second;
+  return at < memory->end_ ? memory : nullptr;
+}
+
+ByteHistory* DeviceMemory::history() {
+  history_.resize(size());
+  return history_.data();
+}
+
+}  // namespace cuda_host
