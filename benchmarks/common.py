@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # The CPU features that decide which kernels and which GEMMs run.
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_bf16")
-PACKAGES = ("torch", "numpy", "trl", "transformers", "fusedpo")
+PACKAGES = ("torch", "numpy", "trl", "transformers", "triton", "liger-kernel", "fusedpo")
 
 
 def _cpu_info() -> dict[str, str]:
@@ -79,7 +79,10 @@ def environment() -> dict[str, Any]:
 
 
 def device_name(env: dict[str, Any]) -> str:
-    """A folder name for this machine's results: CPU, number of cores, widest vector extension."""
+    """A folder name for this machine's results: the GPU that was timed, else CPU, number of cores,
+    widest vector extension."""
+    if env.get("gpu"):
+        return re.sub(r"[^a-z0-9]+", "-", env["gpu"]["name"].lower()).strip("-")
     widest = next(
         (f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in env["flags"]), ""
     )

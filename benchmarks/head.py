@@ -207,7 +207,9 @@ def print_targets(found: list[dict[str, Any]]) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=__doc__)
     cases = [f"{dtype}-{head}" for dtype in DTYPES for head in HEADS]
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: more options"
+    )
     parser.add_argument("--cases", default=",".join(cases), help="of " + ",".join(cases))
     parser.add_argument(
         "--out", type=pathlib.Path, help="JSON; default results/<machine>/head.json"
@@ -232,7 +234,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def on_gpu(arguments: list[str]) -> bool:
+    """Whether `--device cuda` is asked for, which has sizes, peers and options of its own."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    return parser.parse_known_args(arguments)[0].device == "cuda"
+
+
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if on_gpu(arguments):
+        from benchmarks import head_cuda
+
+        return head_cuda.main(arguments)
     options = parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

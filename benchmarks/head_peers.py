@@ -22,8 +22,10 @@ HEADS = ("frozen", "trained", "nograd")
 
 
 class Answer(NamedTuple):
-    outputs: dict[str, Tensor]  # each [completion rows]
-    grad_hidden: Tensor | None  # [completion rows, H]
+    """Outputs and gradients, of the completion rows or, as [2, T], of all positions."""
+
+    outputs: dict[str, Tensor]
+    grad_hidden: Tensor | None  # [..., H]
     grad_weight: Tensor | None  # [V, H]
 
 
@@ -34,6 +36,7 @@ class Problem(NamedTuple):
     weight: Tensor  # [V, H]
     labels: Tensor  # [2, T], IGNORE on the prompt
     upstream: Tensor  # [2, T] gradient of the log-probs, 0 on the prompt
+    softcap: float | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -41,7 +44,7 @@ class Problem(NamedTuple):
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == "amp":
-            return torch.autocast("cpu", dtype=torch.bfloat16)
+            return torch.autocast(self.hidden.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
     def rounded(self) -> tuple[Tensor, Tensor]:
@@ -77,51 +80,62 @@ def _answer(p: Problem, outputs: dict[str, Tensor], logps: Tensor, upstream: Ten
         return Answer(outputs, None, None)
     inputs = [p.hidden, p.weight] if p.head == "trained" else [p.hidden]
     gradients = torch.autograd.grad(logps, inputs, upstream.to(logps.dtype))
-    return Answer(outputs, gradients[0][p.mask], gradients[1] if len(gradients) > 1 else None)
+    return Answer(outputs, gradients[0], gradients[1] if len(gradients) > 1 else None)
 
 
 def ours(p: Problem) -> Callable[[], Answer]:
     def call() -> Answer:
         with p.autocast():
-            out = fusedpo.linear_token_logps(p.hidden, p.weight, p.labels, metrics=METRICS)
+            out = fusedpo.linear_token_logps(
+                p.hidden, p.weight, p.labels, softcap=p.softcap, metrics=METRICS
+            )
         fields = out._asdict()
-        outputs = {name: fields[name].detach()[p.mask] for name in ("logps", *METRICS)}
+        outputs = {name: fields[name].detach() for name in ("logps", *METRICS)}
         return _answer(p, outputs, out.logps, p.upstream)
 
     return call
 
 
 def trl(p: Problem) -> Callable[[], Answer]:
-    """As the forward that add_fused_lm_head installs calls it on a device without Triton."""
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+    """As the forward that add_fused_lm_head installs calls it: completion rows only where Triton
+    runs, all positions elsewhere."""
+    from trl.trainer.utils import (
+        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        _ChunkedLogProbFunction,
+        _use_triton,
+    )
 
     outputs_wanted = ("log_probs", *METRICS)
+    compact = _use_triton(p.hidden.device)
+
+    def place(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        if compact:
+            return x.new_zeros(p.mask.shape).masked_scatter(p.mask, x)
+        return x.view(p.mask.shape).masked_fill(~p.mask, 0)
 
     def call() -> Answer:
         with p.autocast():
             results = _ChunkedLogProbFunction.apply(
-                p.hidden.reshape(-1, p.hidden.size(-1)),
+                p.hidden[p.mask] if compact else p.hidden.reshape(-1, p.hidden.size(-1)),
                 p.weight,
                 None,
-                p.labels.clamp(min=0).reshape(-1),
+                p.labels[p.mask] if compact else p.labels.clamp(min=0).reshape(-1),
                 1.0,
                 _CHUNKED_LOGPROB_CHUNK_SIZE,
-                None,
+                p.softcap,
                 1.0,
                 outputs_wanted,
             )
-            masked = [
-                None if x is None else x.view(p.labels.shape).masked_fill(~p.mask, 0)
-                for x in results
-            ]
-        logps, entropy, _, mean_logits, is_top1 = masked
+            logps, entropy, _, mean_logits, is_top1 = (place(x) for x in results)
         fields = {
             "logps": logps,
             "entropy": entropy,
             "mean_logits": mean_logits,
             "is_top1": is_top1,
         }
-        outputs = {name: value.detach()[p.mask] for name, value in fields.items()}
+        outputs = {name: value.detach() for name, value in fields.items()}
         return _answer(p, outputs, logps, p.upstream)
 
     return call
@@ -133,6 +147,8 @@ def eager(p: Problem) -> Callable[[], Answer]:
     def call() -> Answer:
         with p.autocast():
             logits = p.hidden[p.mask] @ p.weight.T
+            if p.softcap is not None:
+                logits = p.softcap * torch.tanh(logits / p.softcap)
             log_probs = torch.log_softmax(logits, dim=-1)
             logps = log_probs.gather(-1, p.labels[p.mask].unsqueeze(-1)).squeeze(-1)
         return _answer(p, {"logps": logps.detach()}, logps, p.upstream[p.mask])
@@ -148,13 +164,14 @@ def floor(p: Problem) -> Callable[[], None]:
     """
     x, w = p.rounded()
     x, w = x.detach(), w.detach()
-    logits = torch.zeros(len(x), len(w), dtype=x.dtype)
+    logits = x.new_zeros(len(x), len(w))
     grad_hidden = torch.zeros_like(x)
-    wide = torch.float32 if p.dtype == "amp" else x.dtype
+    on_cpu = x.device.type == "cpu"
+    wide = torch.float32 if p.dtype == "amp" and on_cpu else x.dtype
     trained = p.head == "trained"
-    grad_logits = (torch.zeros(len(x), len(w), dtype=wide) if wide != x.dtype else logits).T
+    grad_logits = (logits.to(wide) if wide != x.dtype else logits).T
     x_wide = x.to(wide)
-    grad_weight = torch.zeros(len(w), SIZE, dtype=wide) if trained else None
+    grad_weight = torch.zeros_like(w, dtype=wide) if trained else None
 
     def call() -> None:
         torch.mm(x, w.T, out=logits)
@@ -187,8 +204,10 @@ def exact(p: Problem) -> Answer:
     outputs: dict[str, list[Tensor]] = {name: [] for name in ("logps", *METRICS)}
     grad_hidden = torch.empty_like(x)
     grad_weight = torch.zeros_like(w) if p.head == "trained" else None
-    for rows in torch.arange(len(x)).split(64):
-        z = x[rows] @ w.T
+    rows_at_once = 64 if x.device.type == "cpu" else 512
+    for rows in torch.arange(len(x), device=x.device).split(rows_at_once):
+        y = x[rows] @ w.T
+        z = y if p.softcap is None else p.softcap * torch.tanh(y / p.softcap)
         log_p = z.log_softmax(-1)
         probs = log_p.exp()
         outputs["logps"].append(log_p.gather(-1, labels[rows].unsqueeze(-1)).squeeze(-1))
@@ -197,8 +216,10 @@ def exact(p: Problem) -> Answer:
         outputs["is_top1"].append(z.argmax(-1) == labels[rows])
         if p.head != "nograd":
             grad_z = -probs
-            grad_z[torch.arange(len(rows)), labels[rows]] += 1
+            grad_z[torch.arange(len(rows), device=x.device), labels[rows]] += 1
             grad_z *= c[rows].unsqueeze(-1)
+            if p.softcap is not None:
+                grad_z *= 1 - (z / p.softcap).square()
             grad_hidden[rows] = grad_z @ w
             if grad_weight is not None:
                 grad_weight += grad_z.T @ x[rows]
@@ -215,12 +236,21 @@ TOLERANCES = {
 }
 
 
+def completion_rows(p: Problem, value: Tensor) -> Tensor:
+    return value[p.mask] if value.shape[: p.labels.ndim] == p.labels.shape else value
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
 def verify(p: Problem, answer: Answer, truth: Answer) -> dict[str, Any]:
     """{"ok": bool, "errors": {name: error}, "tolerances": ...}"""
     limits = TOLERANCES[p.dtype]
     errors: dict[str, float] = {}
     ok = True
-    for name, value in answer.outputs.items():
+    for name, output in answer.outputs.items():
+        value = completion_rows(p, output)
         if name == "is_top1":
             errors[name] = (value != truth.outputs[name]).double().mean().item()
         else:
@@ -231,6 +261,8 @@ def verify(p: Problem, answer: Answer, truth: Answer) -> dict[str, Any]:
         if (mine is None) != (his is None):
             ok = False
         elif mine is not None:
-            errors[name] = ((mine.double() - his).norm() / his.norm()).item()
+            errors[name] = relative_error(
+                completion_rows(p, mine) if name == "grad_hidden" else mine, his
+            )
             ok = ok and errors[name] <= limits["gradients"]
     return {"ok": ok, "errors": errors, "tolerances": limits}

@@ -1,5 +1,8 @@
 """python -m benchmarks.losses: lists of three losses, forward and backward, against plain torch.
 
+`--device cuda` times on a GPU, with torch.compile of the plain formulas as one more contestant and
+the kernel launches of a call counted; `--rehearse` runs that code on a CPU.
+
 Every list is verified first: value and gradients of both against the reference in float64. Each
 call computes the loss, rewards, margins and accuracies of B pairs and runs backward. "floor" is
 `(chosen + rejected).sum().backward()` and one more input: what torch takes for the smallest graph
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +24,7 @@ import torch.nn.functional as F
 from fusedpo import reference
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks import common, device, targets
 
 BETA, EPS, TAU = 0.1, 0.1, 0.05
 LISTS: dict[str, tuple[list[str], list[float]]] = {
@@ -33,21 +37,22 @@ CALLS = 200  # per timing: one call is too short for the clock
 
 
 class Batch:
-    def __init__(self, pairs: int, dtype: torch.dtype) -> None:
+    def __init__(self, pairs: int, dtype: torch.dtype, place: torch.device) -> None:
         torch.manual_seed(0)
+        self.place = place
 
         def logps() -> Tensor:
-            return -50 + 5 * torch.randn(pairs, dtype=dtype)
+            return -50 + 5 * torch.randn(pairs, dtype=dtype, device=place)
 
         self.chosen, self.rejected = logps().requires_grad_(), logps().requires_grad_()
         self.ref_chosen, self.ref_rejected = logps(), logps()
-        self.chosen_lengths = torch.randint(10, 200, (pairs,))
-        self.rejected_lengths = torch.randint(10, 200, (pairs,))
-        self.nll = torch.rand((), dtype=dtype, requires_grad=True)
+        self.chosen_lengths = torch.randint(10, 200, (pairs,), device=place)
+        self.rejected_lengths = torch.randint(10, 200, (pairs,), device=place)
+        self.nll = torch.rand((), dtype=dtype, device=place, requires_grad=True)
         self.leaves = [self.chosen, self.rejected, self.nll]
 
     def to(self, dtype: torch.dtype) -> Batch:
-        other = Batch(len(self.chosen), dtype)
+        other = Batch(len(self.chosen), dtype, self.place)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 copy = value.detach().to(dtype if value.is_floating_point() else value.dtype)
@@ -139,9 +144,9 @@ def verify(b: Batch, names: list[str], weights: list[float]) -> dict[str, float]
     return errors
 
 
-def many(loss: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
+def many(loss: Callable[[], Tensor], leaves: list[Tensor], calls: int) -> Callable[[], None]:
     def run() -> None:
-        for _ in range(CALLS):
+        for _ in range(calls):
             for leaf in leaves:
                 leaf.grad = None
             loss().backward()
@@ -149,34 +154,46 @@ def many(loss: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]
     return run
 
 
-def run_list(name: str, pairs: int, rounds: int) -> dict[str, Any]:
+def launches_of(loss: Callable[[], Tensor], leaves: list[Tensor], place: torch.device) -> list[str]:
+    """Kernels of one forward and backward with an upstream gradient that exists already."""
+    one = torch.ones((), device=place)
+    return device.launches(lambda: torch.autograd.grad(loss(), leaves, one), place)
+
+
+def run_list(name: str, options: argparse.Namespace, place: torch.device) -> dict[str, Any]:
     names, weights = LISTS[name]
-    b = Batch(pairs, torch.float32)
+    b = Batch(options.pairs, torch.float32, place)
     errors = verify(b, names, weights)
-    options = options_of(b, names, weights)
+    arguments = options_of(b, names, weights)
     leaves = b.leaves if "sft" in names else b.leaves[:2]
 
     def floor() -> Tensor:
         total = (b.chosen + b.rejected).sum()
         return total + b.nll if "sft" in names else total
 
-    times = common.interleave(
-        {
-            "floor": many(floor, leaves),
-            "plain torch": many(lambda: plain(b, names, weights)[0], leaves),
-            "fusedpo": many(lambda: fused(fusedpo, b, options).loss, leaves),
-            "reference": many(lambda: fused(reference, b, options).loss, leaves),
-        },
-        rounds,
-    )
-    microseconds = {peer: 1e6 * values["min_s"] / CALLS for peer, values in times.items()}
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "floor": floor,
+        "plain torch": lambda: plain(b, names, weights)[0],
+        "fusedpo": lambda: fused(fusedpo, b, arguments).loss,
+        "reference": lambda: fused(reference, b, arguments).loss,
+    }
+    if options.compile:
+        torch._dynamo.reset()
+        compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+        contestants["compile"] = lambda: compiled(b, names, weights)[0]
+    calls = {
+        peer: device.Call(many(loss, leaves, options.calls)) for peer, loss in contestants.items()
+    }
+    times = device.interleave(calls, options.rounds, place)
+    microseconds = {peer: 1e6 * values["min_s"] / options.calls for peer, values in times.items()}
+    medians = {peer: 1e6 * values["median_s"] / options.calls for peer, values in times.items()}
     base = microseconds["floor"]
     row = {
         "losses": names,
-        "pairs": pairs,
+        "pairs": options.pairs,
         "relative_error": errors,
         "microseconds": microseconds,
-        "median_microseconds": {p: 1e6 * v["median_s"] / CALLS for p, v in times.items()},
+        "median_microseconds": medians,
         "share_of_plain_torch": microseconds["fusedpo"] / microseconds["plain torch"],
         "share_above_the_floor": (microseconds["fusedpo"] - base)
         / (microseconds["plain torch"] - base),
@@ -186,21 +203,55 @@ def run_list(name: str, pairs: int, rounds: int) -> dict[str, Any]:
         f"fusedpo {microseconds['fusedpo']:6.1f} us  = {row['share_of_plain_torch']:.2f}, "
         f"above the floor {row['share_above_the_floor']:.2f}"
     )
+    if options.on_gpu:
+        kernels = {
+            peer: launches_of(contestants[peer], leaves, place)
+            for peer in ("fusedpo", "plain torch")
+        }
+        row["launches"] = len(kernels["fusedpo"])
+        row["kernels"] = kernels["fusedpo"]
+        row["launches_of_plain_torch"] = len(kernels["plain torch"])
+        row["times_faster_than_eager"] = medians["plain torch"] / medians["fusedpo"]
+        compiled_text = f"  compile {medians['compile']:6.1f} us" if "compile" in medians else ""
+        print(
+            f"{'':36s} {row['launches']} launches, plain torch {row['launches_of_plain_torch']}; "
+            f"{row['times_faster_than_eager']:.1f} x faster by medians{compiled_text}"
+        )
     return row
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rehearse", action="store_true", help="--device cuda's code on a CPU")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 5 calls")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, default=None)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.on_gpu = options.rehearse or options.device == "cuda"
+    options.compile = options.compile and options.on_gpu
+    options.calls = 5 if options.quick else CALLS
+    options.rounds = 3 if options.quick else options.rounds
+    place = device.choose(options.rehearse) if options.on_gpu else torch.device("cpu")
     torch.set_num_threads(1)  # [B] numbers: there is nothing to share
-    results = {name: run_list(name, options.pairs, options.rounds) for name in LISTS}
-    env = common.environment()
+    env = common.environment() | {"gpu": device.facts(place)}
     path = options.out or common.RESULTS / common.device_name(env) / "losses.json"
-    common.write(path, {"environment": env, "times": "minimum of rounds", "lists": results})
+    content: dict[str, Any] = {
+        "benchmark": "losses",
+        "rehearsal": options.rehearse,
+        "environment": env,
+        "times": "minimum of rounds, and their median",
+        "lists": {},
+    }
+    for name in LISTS:
+        content["lists"][name] = run_list(name, options, place)
+        common.write(path, content)
+    if options.on_gpu:
+        targets.show(targets.rows({"losses": content}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

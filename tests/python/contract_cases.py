@@ -5,7 +5,7 @@ from __future__ import annotations
 import fusedpo
 import pytest
 import torch
-from logps_cases import METRICS, leaf, make_head, make_labels, make_logits
+from logps_cases import METRICS, generator, leaf, make_head, make_labels, make_logits
 
 # A vocabulary that no vector width, segment or tile divides, and wider than one GEMM tile.
 ODD_VOCABULARY = 5003
@@ -47,7 +47,7 @@ both = pytest.mark.parametrize("case_type", [TokenCase, LinearCase], ids=lambda 
 
 
 def upstream(shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=generator(seed))
 
 
 def forward_and_gradients(case, inputs=None, labels=None, **options):

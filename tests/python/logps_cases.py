@@ -41,7 +41,12 @@ class Head(NamedTuple):
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    """Draws on the default device, which the GPU test group sets (cuda_cases.py)."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def autocast(dtype: torch.dtype = torch.bfloat16, enabled: bool = True) -> torch.autocast:
+    return torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=enabled)
 
 
 def make_logits(

@@ -19,7 +19,16 @@ import numpy as np
 import pytest
 import torch
 from fusedpo import reference
-from logps_cases import DTYPES, leaf, make_head, make_labels, make_logits, needs_native, threads
+from logps_cases import (
+    DTYPES,
+    generator,
+    leaf,
+    make_head,
+    make_labels,
+    make_logits,
+    needs_native,
+    threads,
+)
 from torch import Tensor
 
 pytestmark = needs_native  # the reference is what the operators are measured with
@@ -74,10 +83,10 @@ class Errors:
 
     def add(self, name: str, exact: np.ndarray | Tensor, **results: Tensor) -> None:
         if isinstance(exact, Tensor):
-            exact = exact.detach().double().numpy()
+            exact = exact.detach().double().cpu().numpy()
         for who, result in results.items():
             # numpy: the exact value may be longer than float64, and torch has nothing longer.
-            difference = result.detach().double().numpy().astype(exact.dtype) - exact
+            difference = result.detach().double().cpu().numpy().astype(exact.dtype) - exact
             self.squares[name][who] += float(np.square(difference).sum())
         ours = results["ours"]
         info = torch.finfo(ours.dtype)
@@ -104,7 +113,7 @@ def compared_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
 
 def upstream(rows: int, compared: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Gradients of logps and entropy, zero at the rows that are not compared."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     c = torch.zeros(2, rows, dtype=torch.float64)
     c[:, compared] = (
         torch.randn(2, len(compared), generator=g, dtype=torch.float64).float().double()
@@ -141,7 +150,7 @@ def exact_from_z(z: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def long(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().numpy().astype(np.longdouble)
+    return tensor.detach().cpu().numpy().astype(np.longdouble)
 
 
 # ---- token_logps --------------------------------------------------------------------------------
@@ -181,7 +190,9 @@ def token_errors(errors: Errors, logits: Tensor, labels: Tensor, temperature: fl
         for name, entropy in (("logits' gradient", False), ("logits' gradient with entropy", True))
     }
     if dtype == torch.float64:
-        exact = exact_from_z(long(logits[rows]) / np.longdouble(temperature), labels[rows].numpy())
+        exact = exact_from_z(
+            long(logits[rows]) / np.longdouble(temperature), labels[rows].cpu().numpy()
+        )
         d = [long(few_c[i])[:, None] * exact[k] for i, k in enumerate(("d_logps", "d_entropy"))]
         exact_gradients = [d[0] / temperature, (d[0] + d[1]) / temperature]
     else:
@@ -299,7 +310,7 @@ def exact_head(problem: Problem, options: Options, c: tuple[Tensor, Tensor], col
     if options.softcap is not None:
         tanh = np.tanh(z / options.softcap)
         z, slope = options.softcap * tanh, slope * (1 - np.square(tanh))
-    exact = exact_from_z(z / np.longdouble(options.temperature), problem.labels.numpy())
+    exact = exact_from_z(z / np.longdouble(options.temperature), problem.labels.cpu().numpy())
     gradients = []
     total = 0
     for upstream_gradient, name in zip(c, ("d_logps", "d_entropy"), strict=True):

@@ -5,7 +5,16 @@ from __future__ import annotations
 import fusedpo
 import pytest
 import torch
-from logps_cases import METRICS, assert_same_bits, leaf, make_head, needs_native, same_bits
+from logps_cases import (
+    METRICS,
+    assert_same_bits,
+    autocast,
+    generator,
+    leaf,
+    make_head,
+    needs_native,
+    same_bits,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -41,7 +50,7 @@ def test_float32_inputs_under_autocast_give_the_bits_of_inputs_cast_beforehand(
     dtype, softcap, rank
 ):
     head = make_head(21, 24, 5003, seed=1, bias=True, rank=2, ignored=0.3)
-    with torch.autocast("cpu", dtype=dtype):
+    with autocast(dtype):
         ours = score(head, softcap=softcap, rank=rank)
     assert_same_bits(tuple(ours), tuple(score(rounded(head, dtype), softcap=softcap, rank=rank)))
 
@@ -50,7 +59,7 @@ def test_float32_inputs_under_autocast_give_the_bits_of_inputs_cast_beforehand(
 def test_any_mixture_of_dtypes_under_autocast_gives_the_same_bits(dtype):
     head = make_head(9, 24, 301, seed=2, bias=True)
     cast = rounded(head, dtype)
-    with torch.autocast("cpu", dtype=dtype):
+    with autocast(dtype):
         results = [
             score(head._replace(hidden=hidden, weight=weight, bias=bias))
             for hidden in (head.hidden, cast.hidden)
@@ -69,7 +78,7 @@ def test_gradients_come_back_in_the_dtypes_of_the_inputs(dtype, trained):
     for hidden_dtype, weight_dtype in mixtures:
         hidden, weight = leaf(head.hidden.to(hidden_dtype)), head.weight.to(weight_dtype)
         weight = leaf(weight) if trained else weight
-        with torch.autocast("cpu", dtype=dtype):
+        with autocast(dtype):
             out = fusedpo.linear_token_logps(hidden, weight, head.labels)
         out.logps.sum().backward()
         assert out.logps.dtype == torch.float32
@@ -82,7 +91,7 @@ def test_gradients_come_back_in_the_dtypes_of_the_inputs(dtype, trained):
 @pytest.mark.parametrize("budget", [None, 0])
 def test_the_gradient_of_a_float32_weight_is_never_rounded_to_the_autocast_dtype(budget):
     head, leaves = grown(make_head(40, 16, 200, seed=4, bias=True))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         score(head, logits_budget_bytes=budget).logps.sum().backward()
     gradient = leaves[1].grad
     in_bf16 = gradient.bfloat16().float() == gradient
@@ -96,7 +105,7 @@ def test_gradients_under_autocast_are_those_of_the_rounded_head(dtype):
     # of F.linear, whose logits are rounded to `dtype`.
     head = make_head(40, 16, 200, seed=5, bias=True, ignored=0.2)
     held, leaves = grown(head)
-    with torch.autocast("cpu", dtype=dtype):
+    with autocast(dtype):
         score(held).logps.sum().backward()
     exact, exact_leaves = grown(rounded(rounded(head, dtype), torch.float64))
     score(exact).logps.sum().backward()
@@ -109,7 +118,7 @@ def test_backward_may_run_outside_of_autocast_or_inside():
     gradients = []
     for inside in (False, True):
         head, leaves = grown(make_head(9, 24, 301, seed=6, bias=True))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             out = score(head)
             loss = out.logps.sum() + out.entropy.sum()
             if inside:
@@ -122,7 +131,7 @@ def test_backward_may_run_outside_of_autocast_or_inside():
 
 def test_float64_inputs_are_not_cast():
     head = make_head(5, 16, 100, seed=7, dtype=torch.float64, bias=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         inside = score(head)
     assert_same_bits(tuple(inside), tuple(score(head)))
     assert inside.logps.dtype == torch.float64
@@ -130,7 +139,7 @@ def test_float64_inputs_are_not_cast():
 
 def test_autocast_that_is_switched_off_casts_nothing():
     head = make_head(5, 16, 100, seed=8, bias=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with autocast(), autocast(enabled=False):
         inside = score(head)
     assert_same_bits(tuple(inside), tuple(score(head)))
 
@@ -139,15 +148,15 @@ def test_the_autocast_dtype_is_read_at_every_call():
     head = make_head(5, 16, 100, seed=9, bias=True)
     results = []
     for dtype in HALF:
-        with torch.autocast("cpu", dtype=dtype):
+        with autocast(dtype):
             results.append(score(head).logps)
         assert same_bits(results[-1], score(rounded(head, dtype)).logps)
     assert not torch.equal(*results)
 
 
 def test_logits_under_autocast_are_scored_in_float32_at_least():
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(4, 50, generator=generator(0))
     labels = torch.arange(4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         inside = fusedpo.token_logps(logits, labels, metrics=METRICS)
     assert_same_bits(tuple(inside), tuple(fusedpo.token_logps(logits, labels, metrics=METRICS)))

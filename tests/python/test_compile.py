@@ -11,6 +11,8 @@ from logps_cases import (
     IGNORE,
     METRICS,
     assert_same_bits,
+    autocast,
+    generator,
     leaf,
     make_head,
     make_logits,
@@ -36,7 +38,7 @@ def token_step(logits, labels):
 
 def token_inputs(batch, length):
     logits = make_logits(batch * (length + 1), 77, seed=length).view(batch, length + 1, 77)
-    labels = torch.randint(77, (batch, length + 1), generator=torch.Generator().manual_seed(length))
+    labels = torch.randint(77, (batch, length + 1), generator=generator(length))
     labels[:, : length // 2] = IGNORE
     return [leaf(logits)], labels
 
@@ -74,10 +76,6 @@ def run(step, leaves, labels, context):
         out, loss = step(*leaves, labels)
     gradients = torch.autograd.grad(loss, leaves)
     return (*(v.detach() for v in out), *gradients)
-
-
-def autocast():
-    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 @CASES

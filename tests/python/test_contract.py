@@ -20,6 +20,7 @@ from logps_cases import (
     IGNORE,
     METRICS,
     assert_same_bits,
+    generator,
     leaf,
     needs_native,
     run_python,
@@ -136,7 +137,7 @@ def test_thread_count_does_not_change_the_result(case_type, dtype):
 def test_batch_order_only_permutes_the_results():
     case = TokenCase(rows=50)
     outputs, (gradient,) = forward_and_gradients(case)
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(50, generator=generator(2))
     for name, whole, alone in zip(
         ("logps", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
         outputs,
@@ -152,7 +153,7 @@ def test_batch_order_only_permutes_the_results():
 
 def test_batch_order_behind_a_gemm_permutes_the_results_to_rounding():
     case = LinearCase(rows=50)
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(50, generator=generator(2))
     hidden, weight, bias = case.inputs
     whole = case(metrics=METRICS)
     moved = case([hidden[order], weight, bias], case.labels[order], metrics=METRICS)

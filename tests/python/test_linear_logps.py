@@ -13,6 +13,7 @@ from logps_cases import (
     METRICS,
     Head,
     assert_same_bits,
+    generator,
     leaf,
     make_head,
     same_bits,
@@ -42,7 +43,7 @@ def call(function, head: Head, gradient: str = "", **options):
 
 
 def loss_of(out) -> torch.Tensor:
-    g = torch.Generator().manual_seed(5)
+    g = generator(5)
     loss = (torch.randn(out.logps.shape, generator=g, dtype=torch.float64) * out.logps).sum()
     if out.entropy is not None:
         loss = loss + (torch.randn(out.logps.shape, generator=g) * out.entropy).sum()

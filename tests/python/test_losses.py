@@ -434,11 +434,12 @@ def test_opcheck_of_preference_loss(name, needs):
 
 
 @needs_native
-@pytest.mark.parametrize("shift", [None, torch.tensor(0.4)])
+@pytest.mark.parametrize("shift", [None, 0.4])
 def test_opcheck_of_unpaired_loss(shift):
     logps, _ = inputs_of(4, torch.float32)
     labels = torch.tensor([True, False, True, True])
-    call = (*logps[:2], labels, shift, 0, 0.1, 0.2, 1.0, 1.5, 0, 5)
+    kl = None if shift is None else torch.tensor(shift)
+    call = (*logps[:2], labels, kl, 0, 0.1, 0.2, 1.0, 1.5, 0, 5)
     torch.library.opcheck(torch.ops.fusedpo.unpaired_loss, call)
 
 

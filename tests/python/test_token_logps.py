@@ -11,6 +11,7 @@ from logps_cases import (
     IGNORE,
     METRICS,
     assert_same_bits,
+    generator,
     leaf,
     make_labels,
     make_logits,
@@ -33,7 +34,7 @@ CLOSE = {
 def test_values_and_gradients_equal_the_reference(dtype, vocabulary):
     logits = make_logits(33, vocabulary, seed=vocabulary, dtype=dtype)
     labels = make_labels(33, vocabulary, seed=vocabulary, ignored=0.3)
-    upstream = torch.randn(2, 33, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = torch.randn(2, 33, generator=generator(1), dtype=torch.float64)
     results = []
     for function in (fusedpo.token_logps, reference.token_logps):
         x = leaf(logits)
@@ -192,7 +193,7 @@ def test_a_nan_row_spoils_only_itself():
 
 
 def test_public_pair_logps_is_the_definition():
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     logps = -torch.rand(6, 40, generator=g)
     mask = (torch.rand(6, 40, generator=g) < 0.6).long()
     for ld_alpha in (None, 0.3):

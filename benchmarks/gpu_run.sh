@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# benchmarks/gpu_run.sh --out FOLDER [--wheels FOLDER] [--minutes N] [--python PYTHON] [--rehearse]
+#
+# Everything that waits for a GPU, on a fresh machine without network, in at most N (10) minutes:
+# build for this GPU alone, test group, benchmarks, compute-sanitizer. Needs Python with torch
+# (CUDA), nvcc, CMake and Ninja; --wheels is the folder that scripts/gpu_wheels.sh filled with what
+# else may be missing. Stages run in the order of value, each under a time limit, so that one that
+# fails or hangs never costs the later ones. FOLDER receives
+#
+#   stages.json                                      each stage's seconds and exit status
+#   head.json logits.json losses.json targets.json   results; targets.json judges them row by row
+#   log.txt                                          the end of what every stage printed
+#
+# Ends with 0 if every stage did. --rehearse runs all of it on a CPU, tiny: it measures nothing.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=python3 wheels='' out='' minutes=10 rehearse=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --python) python=$2 && shift 2 ;;
+    --wheels) wheels=$(realpath "$2") && shift 2 ;;
+    --out) out=$2 && shift 2 ;;
+    --minutes) minutes=$2 && shift 2 ;;
+    --rehearse) rehearse=--rehearse && shift ;;
+    *) sed -n 2,17p "$0" | cut -c3- >&2 && exit 2 ;;
+  esac
+done
+[ -n "$out" ] || { sed -n 2,17p "$0" | cut -c3- >&2 && exit 2; }
+mkdir -p "$out" && out=$(realpath "$out")
+site=$(pwd)/build/gpu-site
+mkdir -p build && rm -rf "$site" "$out/stages.json" && : > "$out/log.txt"
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export FUSEDPO_REQUIRE_CUDA=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+[ -z "$rehearse" ] || export FUSEDPO_TEST_DEVICE=cpu
+
+failed=0 stages=''
+# stage NAME LIMIT COMMAND...: runs COMMAND for at most LIMIT seconds and never past the end.
+stage() {
+  local name=$1 limit=$2 start=$SECONDS left=$((minutes * 60 - SECONDS)) status
+  shift 2
+  [ "$limit" -lt "$left" ] || limit=$left
+  if [ "$limit" -lt 5 ]; then
+    status=not-reached
+  else
+    timeout --kill-after=5 "$limit" "$@" > "$out/stage.log" 2>&1
+    status=$?
+    { echo "=== $name: $*" && tail -c 200000 "$out/stage.log"; } >> "$out/log.txt"
+  fi
+  echo "$name: exit status $status, $((SECONDS - start)) s of $limit"
+  [ "$status" = 0 ] || { failed=1 && tail -n 12 "$out/stage.log" 2> /dev/null | sed 's/^/    /'; }
+  rm -f "$out/stage.log"
+  stages+="${stages:+, }{\"stage\": \"$name\", \"status\": \"$status\", \"seconds\": $((SECONDS - start))}"
+  echo "{\"rehearsal\": $([ -n "$rehearse" ] && echo true || echo false), \"stages\": [$stages]}" > "$out/stages.json"
+  [ "$status" = 0 ]
+}
+
+# Only what is missing; TRL in the version that the benchmarks compare with.
+install_wheels() {
+  "$python" - "$wheels" > "$out/missing.txt" << 'EOF'
+import importlib.metadata as installed, pathlib, sys
+for wheel in sorted(pathlib.Path(sys.argv[1]).glob("*.whl")):
+    name, version = wheel.name.split("-")[:2]
+    try:
+        found = installed.version(name)
+    except installed.PackageNotFoundError:
+        found = None
+    if found is None or (name == "trl" and found != version):
+        print(wheel)
+EOF
+  xargs -r "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" \
+    < "$out/missing.txt"
+  local status=$?
+  echo "installed:" && cat "$out/missing.txt"
+  rm -f "$out/missing.txt"
+  return $status
+}
+
+build() {
+  local arch
+  arch=$("$python" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())') || return
+  echo "building for $arch"
+  FUSEDPO_NATIVE=require FUSEDPO_CUDA=ON FUSEDPO_CUDA_ARCHS=$arch \
+    "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$site" .
+}
+
+build_for_cpu() {
+  FUSEDPO_NATIVE=require FUSEDPO_CUDA=OFF \
+    "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$site" .
+}
+
+export -f install_wheels build build_for_cpu
+export python wheels out site
+pytest() { echo "$python -m pytest -q -p no:cacheprovider --durations=5 $*"; }
+
+[ -z "$wheels" ] || stage "wheels" 60 bash -c install_wheels
+if [ -z "$rehearse" ]; then stage "build" 180 bash -c build; else stage "build" 300 bash -c build_for_cpu; fi ||
+  { echo "nothing can run without the build" && exit 1; }
+# Words of these commands hold no spaces.
+# shellcheck disable=SC2046
+{
+  stage "doctor" 30 "$python" -m fusedpo
+  stage "tests: device" 120 $(pytest tests/python/test_cuda.py)
+  stage "logits" 60 "$python" -m benchmarks.logits $rehearse --quick --out "$out/logits.json"
+  stage "head: targets" 120 "$python" -m benchmarks.head --device cuda $rehearse --quick --out "$out/head.json"
+  stage "losses" 60 "$python" -m benchmarks.losses --device cuda $rehearse --out "$out/losses.json"
+  stage "targets" 10 "$python" -m benchmarks.targets "$out"
+  if [ -z "$rehearse" ]; then
+    stage "tests: contract" 120 $(pytest tests/python/test_cuda_contract.py)
+    stage "sanitizer" 130 scripts/compute_sanitizer.sh --python "$python" --seconds 32 --out build/sanitizer
+    tail -n 100 build/sanitizer/*.log >> "$out/log.txt" 2> /dev/null
+    stage "tests: losses" 60 $(pytest tests/python/test_cuda_losses.py)
+    stage "tests: trl" 60 $(pytest tests/python/test_cuda_trl.py)
+    # All cases with all rounds, in place of the quick ones if it gets through the targets' cases.
+    stage "head: all" 150 "$python" -m benchmarks.head --device cuda --seconds 100 --out "$out/head-all.json"
+    stage "tests: accuracy" 120 $(pytest tests/python/test_cuda_accuracy.py)
+  fi
+}
+echo "all: $SECONDS s; results in $out"
+exit $failed

@@ -1,0 +1,204 @@
+"""What runs on a GPU machine, rehearsed without one: benchmarks, sanitizer verdicts, the test group.
+
+Nothing here proves anything about CUDA; it keeps the scripts from rotting between two GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "gpu_run.sh").exists(), reason="needs the project's own folder"
+)
+
+# ---- scripts/compute_sanitizer.sh ---------------------------------------------------------------
+
+CLEAN = "========= ERROR SUMMARY: 0 errors"
+OUT_OF_BOUNDS = """\
+========= Invalid __global__ write of size 4 bytes
+=========     at void fusedpo::cuda::score_rows<float>(fusedpo::cuda::Rows)+0x70 in rows.cu:10
+=========     by thread (3,0,0) in block (0,0,0)
+========= ERROR SUMMARY: 1 error"""
+RACE = """\
+========= Error: Race reported between Write access at fusedpo::cuda::reduce()+0x50 and Read access
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"""
+UNINITIALISED = """\
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void {kernel}(float*)+0x30
+========= ERROR SUMMARY: 2 errors"""
+VERDICTS = {
+    "clean": ("memcheck", CLEAN, "9 passed in 1.0s", 0),
+    "a finding": ("memcheck", OUT_OF_BOUNDS, "9 passed in 1.0s", 1),
+    "a race": ("racecheck", RACE, "9 passed in 1.0s", 1),
+    "no race": ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed", "9 passed", 0),
+    "a failed test": ("synccheck", CLEAN, "1 failed, 8 passed in 1.0s", 1),
+    "no test at all": ("synccheck", CLEAN, "no tests ran", 1),
+    "ours read what nobody wrote": (
+        "initcheck",
+        UNINITIALISED.format(kernel="fusedpo::cuda::score_rows"),
+        "9 passed in 1.0s",
+        1,
+    ),
+    "others read what nobody wrote": (
+        "initcheck",
+        UNINITIALISED.format(kernel="cutlass::Kernel"),
+        "9 passed in 1.0s",
+        0,
+    ),
+    "not allowed in": ("memcheck", "========= Error: Device not supported", "", 2),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_sanitizer_script_judges_by_what_the_tool_wrote(case, tmp_path):
+    tool, log, pytest_says, expected = VERDICTS[case]
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'while [ $# -gt 0 ]; do [ "$1" = --log-file ] && log=$2; shift; done\n'
+        f"cat > \"$log\" <<'EOF'\n{log}\nEOF\necho '{pytest_says}'\n"
+    )
+    fake.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "compute_sanitizer.sh", "--out", tmp_path / "out", tool],
+        env={**os.environ, "COMPUTE_SANITIZER": str(fake)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    assert done.stdout.startswith(f"{tool}: ")
+
+
+# ---- benchmarks ---------------------------------------------------------------------------------
+
+REHEARSE = """
+import pathlib, sys
+from benchmarks import head, logits, losses, targets
+
+folder = pathlib.Path(sys.argv[1])
+peers = ["--peers", "floor,ours,trl,eager"]
+head_options = ["--device", "cuda", "--rehearse", "--quick", "--rounds", "1", *peers]
+assert head.main([*head_options, "--out", str(folder / "head.json")]) == 0
+logits_options = ["--rehearse", "--rounds", "1", "--peers", "ours,eager"]
+assert logits.main([*logits_options, "--out", str(folder / "logits.json")]) == 0
+losses_options = ["--rehearse", "--quick", "--no-compile"]
+assert losses.main([*losses_options, "--out", str(folder / "losses.json")]) == 0
+assert targets.main([str(folder)]) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> pathlib.Path:
+    pytest.importorskip("trl", reason="one of the peers is TRL's")
+    folder = tmp_path_factory.mktemp("rehearsal")
+    done = subprocess.run(
+        [sys.executable, "-c", REHEARSE, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def test_benchmarks_of_a_gpu_verify_every_peer_in_a_rehearsal(rehearsal):
+    head = json.loads((rehearsal / "head.json").read_text())
+    assert head["rehearsal"]
+    assert head["not_reached"] == []
+    for case in head["cases"]:
+        for peer in ("ours", "trl", "eager"):
+            assert case["peers"][peer]["verified"]["ok"], (case["case"], peer)
+    logits = json.loads((rehearsal / "logits.json").read_text())
+    for found in logits["passes"].values():
+        assert all(result["verified"]["ok"] for result in found["peers"].values())
+
+
+def test_every_target_finds_its_figure_and_a_rehearsal_is_no_verdict(rehearsal):
+    found = json.loads((rehearsal / "targets.json").read_text())
+    assert found["rehearsal"]
+    assert all(row["met"] is None and row["measured"] is None for row in found["targets"])
+    # Nothing is missing but what a figure is missing for: every row of the table was evaluated.
+    assert [row["case"] for row in found["targets"] if "rehearsed" not in row] == []
+
+
+def runs_with(**changes):
+    """Runs of an imaginary GPU that meets every target, changed in some figures."""
+    values = {"forward": 6e-4, "inplace": 1.8e-3, "frozen": 22e-3, "trained": 34e-3, **changes}
+
+    def case(name, seconds, trl):
+        memory = {"extra_bytes": 1_200_000_000, "of_which_gradients": 100_000_000}
+        ours = {"median_s": seconds, "memory": memory}
+        peers = {"ours": ours, "trl": {"median_s": trl}}
+        return {"case": name, "weight_elements": 4096 * 128_256, "peers": peers}
+
+    return {
+        "head": {
+            "cases": [
+                case("llama-3-8b/bf16/frozen", values["frozen"], 32e-3),
+                case("llama-3-8b/bf16/trained", values["trained"], 44e-3),
+                case("qwen2.5-0.5b/bf16/trained", 9e-3, 14e-3),
+            ]
+        },
+        "logits": {
+            "passes": {
+                "forward, all outputs": {"peers": {"ours": {"median_s": values["forward"]}}},
+                "forward + backward in place": {"peers": {"ours": {"median_s": values["inplace"]}}},
+            }
+        },
+        "losses": {"lists": {"a": {"launches": 2, "times_faster_than_eager": 6.0}}},
+    }
+
+
+def test_targets_are_met_or_missed_by_their_figures():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks import targets
+    finally:
+        sys.path.remove(str(ROOT))
+    assert all(row["met"] for row in targets.rows(runs_with()))
+    slow = targets.rows(runs_with(frozen=25e-3, forward=8e-4))
+    missed = [row["target"] for row in slow if not row["met"]]
+    assert missed == ["<= 0.70 ms", "<= 24 ms", ">= 1.35 x faster"]
+    nothing = targets.rows({})
+    assert len(nothing) == 11
+    assert all(row["measured"] is None and row["met"] is None for row in nothing)
+
+
+# ---- the GPU test group -------------------------------------------------------------------------
+
+
+def collect(**environment: str) -> subprocess.CompletedProcess[str]:
+    files = sorted(str(path) for path in (ROOT / "tests" / "python").glob("test_cuda*.py"))
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_missing_gpu_is_a_failure_where_one_is_required():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = collect(FUSEDPO_REQUIRE_CUDA="1", FUSEDPO_TEST_DEVICE="cuda")
+    assert done.returncode != 0
+    assert "FUSEDPO_REQUIRE_CUDA=1, but: GPU test group: torch finds no CUDA device" in done.stdout
+
+
+def test_the_gpu_test_group_collects():
+    done = collect(FUSEDPO_TEST_DEVICE="cpu")
+    assert done.returncode == 0, done.stdout[-3000:]
