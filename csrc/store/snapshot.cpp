@@ -166,6 +166,9 @@ Record Snapshot::at(std::uint64_t i) const {
   if (!read(i, &record))
     damaged(layout_.keys + 16 * i,
             "the checksum of record " + std::to_string(i) + " does not hold");
+  // Token values must not get lost in a damaged range either; without any this costs 16 bytes.
+  if (!record.has_tokens && token_problem(i, record) != nullptr)
+    damaged(layout_.token_offsets + 8 * i, token_problem(i, record));
   return record;
 }
 

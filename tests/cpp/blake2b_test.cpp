@@ -38,7 +38,8 @@ TEST(Blake2b, GivesTheVectorOfRfc7693) {
 TEST(Blake2b, GivesTheDigestsOfPythonsHashlib) {
   EXPECT_EQ(digest("", 16), "cae66941d9efbd404e4d88758ea67670");
   EXPECT_EQ(digest("abc", 16), "cf4ab791c62b8d2b2109c90275287816");
-  EXPECT_EQ(digest("", 64), "786a02f742015903c6c6fd852552d272912f4740e15847618a86e217f71f5419"
+  EXPECT_EQ(digest("", 64),
+            "786a02f742015903c6c6fd852552d272912f4740e15847618a86e217f71f5419"
             "d25e1031afee585313896444934eb04b903a685b1448b755d56f701afe9be2ce");
 }
 

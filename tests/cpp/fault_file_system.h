@@ -1,6 +1,6 @@
-// A file system in memory that can lose what was not synced, as LevelDB's fault_injection_test does:
-// every write and every directory entry is pending until it is synced, and a crash keeps, cuts or
-// drops each pending one by chance, in any order.
+// A file system in memory that can lose what was not synced, as LevelDB's fault_injection_test
+// does: every write and every directory entry is pending until it is synced, and a crash keeps,
+// cuts or drops each pending one by chance, in any order.
 #pragma once
 
 #include <algorithm>
@@ -173,9 +173,7 @@ class FaultFileSystem final : public FileSystem {
     }
     void write_at(std::uint64_t offset, const void* data, std::size_t size) override {
       const auto* p = static_cast<const unsigned char*>(data);
-      const auto write = [&](std::size_t n) {
-        record({offset, Bytes(p, p + n), std::nullopt});
-      };
+      const auto write = [&](std::size_t n) { record({offset, Bytes(p, p + n), std::nullopt}); };
       try {
         files.step();
       } catch (const StoreError&) {

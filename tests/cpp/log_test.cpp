@@ -105,8 +105,8 @@ TEST(Log, CutAtEveryByteKeepsEverySyncBelowTheCut) {
   for (const bool tokens : {false, true}) {
     const SmallLog log = small_log(tokens, true);
     for (std::size_t cut = 0; cut < log.bytes.size(); ++cut) {
-      const Read seen = read(Bytes(log.bytes.begin(), log.bytes.begin() +
-                                                          static_cast<std::ptrdiff_t>(cut)));
+      const Read seen =
+          read(Bytes(log.bytes.begin(), log.bytes.begin() + static_cast<std::ptrdiff_t>(cut)));
       ASSERT_EQ(seen.error, "") << cut;
       ASSERT_TRUE(all_right(seen)) << cut;
       ASSERT_EQ(seen.scan.damage_count, 0u) << cut;
@@ -373,11 +373,20 @@ TEST(Log, RandomDamageNeverGivesAWrongValue) {
       const auto begin = bytes.begin() + static_cast<std::ptrdiff_t>(at);
       const auto end = begin + static_cast<std::ptrdiff_t>(size);
       switch (random() % 5) {
-        case 0: *begin = static_cast<unsigned char>(random()); break;
-        case 1: std::fill(begin, end, 0); break;
-        case 2: bytes.erase(begin, end); break;
-        case 3: bytes.insert(begin, bytes.begin(), bytes.begin() + 32); break;
-        default: std::copy(bytes.end() - 32, bytes.end(), bytes.begin() + 32 * (random() % 4));
+        case 0:
+          *begin = static_cast<unsigned char>(random());
+          break;
+        case 1:
+          std::fill(begin, end, 0);
+          break;
+        case 2:
+          bytes.erase(begin, end);
+          break;
+        case 3:
+          bytes.insert(begin, bytes.begin(), bytes.begin() + 32);
+          break;
+        default:
+          std::copy(bytes.end() - 32, bytes.end(), bytes.begin() + 32 * (random() % 4));
       }
     }
     ASSERT_TRUE(all_right(read(bytes))) << round;

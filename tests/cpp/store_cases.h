@@ -60,8 +60,7 @@ inline std::vector<std::uint64_t> range(std::uint64_t begin, std::uint64_t end) 
   return ids;
 }
 
-inline LogWriter writer_on(FileSystem& files, std::uint64_t log_id,
-                           const std::string& name = "w") {
+inline LogWriter writer_on(FileSystem& files, std::uint64_t log_id, const std::string& name = "w") {
   return LogWriter(files, "s", name, test_identity().digest, log_id);
 }
 
