@@ -44,7 +44,7 @@ def ddp(folder: pathlib.Path) -> None:
 
 def fsdp2(folder: pathlib.Path) -> None:
     """The gradient of a head that is an FSDP2 unit of its own is the mean over ranks."""
-    from fusedpo.trl.head import add_fused_head
+    from fusedpo._head import add_fused_head
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from trl_helpers import make_model

@@ -1,0 +1,118 @@
+"""The `fusedpo` command: one thin function for each subcommand; what they do is in the library.
+
+Results go to stdout (with --json as one JSON object), everything else to stderr. Exit codes: 0 done;
+1 it failed, or a check found something; 2 wrong usage; 130 and 143 interrupted by Ctrl-C and by
+SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fusedpo
+from fusedpo import _cli_output as output
+from fusedpo._cli_arguments import make_parser
+
+Result = tuple[dict[str, Any], str, int]  # for --json, for people, exit code
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop. Not an Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = make_parser().parse_args(arguments)
+    command = _COMMANDS[options.command]
+    try:
+        with _signals_raise():
+            report, text, code = command(options)
+    except Interrupted as stop:
+        name = signal.Signals(stop.number).name
+        message = f"stopped by {name}. What was scored is kept; run it again to go on."
+        return _fail(options, message, 128 + stop.number)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, LookupError) as error:
+        if options.debug:
+            raise
+        return _fail(options, output.describe(error), 1)
+    finally:
+        _leave_process_group()
+    if output.is_main_process():
+        print(json.dumps(report, indent=2) if options.json else text)
+    return code
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    if options.json and output.is_main_process():
+        print(json.dumps({"error": message, "exit_code": code}, indent=2))
+    print(f"fusedpo {options.command}: {message}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise, so that files are closed; also where we were started with SIGINT
+    ignored, as in the background of a shell without job control."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _leave_process_group() -> None:
+    torch_distributed = sys.modules.get("torch.distributed")
+    if torch_distributed is not None and torch_distributed.is_initialized():
+        torch_distributed.destroy_process_group()
+
+
+# Commands ---------------------------------------------------------------------------------------
+
+
+def _precompute(options: argparse.Namespace) -> Result:
+    report = fusedpo.precompute(
+        options.model,
+        options.data,
+        options.output,
+        split=options.split,
+        ref_adapter=options.ref_adapter,
+        max_length=options.max_length,
+        truncation_mode=options.truncation_mode,
+        dtype=options.dtype,
+        autocast=options.autocast,
+        revision=options.revision,
+        attn_implementation=options.attn_implementation,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+        per_token=options.per_token,
+        verify_sample=options.verify_sample,
+        progress=output.ProgressBar() if output.is_main_process() else None,
+    )
+    return report.as_dict(), output.precompute_text(report), 0
+
+
+def _doctor(options: argparse.Namespace) -> Result:
+    from fusedpo import _doctor as doctor
+
+    report = doctor.examine()
+    return report, doctor.render(report), 1 if report["broken"] else 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "precompute": _precompute,
+    "doctor": _doctor,
+}
