@@ -8,11 +8,13 @@ installed TRL tokenises, with the settings of a DPOConfig.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from fusedpo._store_columns import truncate
 
 from .records import Record
 
@@ -174,25 +176,15 @@ class TokenizedRows:
             return []
         table = self._dataset[rows if isinstance(rows, range) else list(rows)]
         return [
-            truncate(prompt, completion, self._max_length, self._truncation_mode)
+            self._record(prompt, completion)
             for prompt, *completions in zip(*(table[name] for name in self._columns), strict=True)
             for completion in completions
         ]
 
-
-def truncate(
-    prompt: Iterable[int], completion: Iterable[int], max_length: int | None, mode: str
-) -> Record:
-    """Cut prompt + completion to `max_length` tokens."""
-    prompt_ids = np.array(prompt, dtype=np.int64)  # copies: torch wants them writable
-    completion_ids = np.array(completion, dtype=np.int64)
-    excess = 0 if max_length is None else len(prompt_ids) + len(completion_ids) - max_length
-    if excess <= 0:
-        return Record(prompt_ids, completion_ids)
-    if mode == "keep_start":
-        kept = max(0, len(completion_ids) - excess)
-        return Record(prompt_ids[:max_length], completion_ids[:kept])
-    return Record(prompt_ids[excess:], completion_ids[max(0, excess - len(prompt_ids)) :])
+    def _record(self, prompt: Any, completion: Any) -> Record:
+        cut = truncate(prompt, completion, self._max_length, self._truncation_mode)
+        # Copies: torch wants arrays that it could write to.
+        return Record(*(np.array(ids, dtype=np.int64) for ids in cut))
 
 
 def check_truncation(max_length: int | None, truncation_mode: str) -> None:

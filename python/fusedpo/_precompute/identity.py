@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-TOLD = "told"  # this field of an identity is information and never compared
-
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
 # Fields of a config that steer training, generation or saving, and leave the logits alone.
 _NOT_LOGITS = re.compile(
@@ -59,37 +57,11 @@ def model_identity(model: Any, *, autocast: str | None, temperature: float = 1.0
             "temperature": float(temperature),
             "attention": attention,
         },
-        TOLD: {
+        "info": {  # told, never compared
             "model": getattr(model.config, "_name_or_path", ""),
             "versions": _versions(),
         },
     }
-
-
-def identity_differences(store: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
-    """Return one line for each field that differs: its name, the store's value, the reference's."""
-    fields = [_flat(each) for each in (store, reference)]
-    return [
-        f"{name}: the store has {_shown(fields[0], name)}, the reference {_shown(fields[1], name)}"
-        for name in sorted(fields[0].keys() | fields[1].keys())
-        if _shown(fields[0], name) != _shown(fields[1], name)
-    ]
-
-
-def _flat(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in identity.items():
-        if prefix + name == TOLD:
-            continue
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _shown(fields: Mapping[str, Any], name: str) -> str:
-    return repr(fields[name]) if name in fields else "nothing"
 
 
 def _logit_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,21 +102,19 @@ def _versions() -> dict[str, str]:
 
 
 class _Place(NamedTuple):
-    """Where a tensor of the state dict belongs: its plain name, and its adapter if it is part of
-    one. `in_force` is False for what the forward does not use."""
+    """Where a tensor of the state dict belongs: its plain name, and whose it is."""
 
     name: str
-    adapter: bool
-    in_force: bool
+    adapter: str | None = None  # the name of the adapter that it is part of
 
 
-def _tensors_in_force(
-    model: Any,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+def _tensors_in_force(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """The plain model's tensors, the adapters', and the kinds of these adapters."""
     modules = dict(model.named_modules(remove_duplicate=False))
     _refuse_merged_and_disabled(modules.values())
     base: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
+    names: set[str] = set()
     for key, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue  # the extra state of a quantised layer
@@ -154,66 +124,66 @@ def _tensors_in_force(
                 "ZeRO-3), so the reference cannot be identified. Load the model as a whole."
             )
         place = _place(key, modules)
-        if place.in_force:
-            (adapter if place.adapter else base)[place.name] = tensor.detach()
-    if not adapter:
-        return base, adapter, []
+        if place is None:
+            continue
+        if place.adapter is None:
+            base[place.name] = tensor.detach()
+        else:
+            adapter[place.name] = tensor.detach()
+            names.add(place.adapter)
     adapter |= _scalings(modules)
-    return base, adapter, sorted(_kinds(modules))
+    return base, adapter, _kinds(modules, names)
 
 
-def _place(key: str, modules: Mapping[str, Any]) -> _Place:
-    """Walk from the root to the tensor and drop what PEFT and other wrappers put in between."""
+def _place(key: str, modules: Mapping[str, Any]) -> _Place | None:
+    """Walk from the root to the tensor and drop what PEFT and other wrappers put in between; None
+    for what takes no part in the forward."""
     parts = key.split(".")
     kept: list[str] = []
-    adapter = False
-    path = ""
-    skip = False  # the next part is an adapter's name, which says nothing
-    for part in parts:
-        module = modules.get(path)
-        path = f"{path}.{part}" if path else part
+    adapter: str | None = None
+    skip = False  # the next part is an adapter's name
+    for depth, part in enumerate(parts):
+        module = modules.get(".".join(parts[:depth]))
+        following = parts[depth + 1] if depth + 1 < len(parts) else ""
         if skip:
             skip = False
-            continue
-        if part in _WRAPPERS or (part == "module" and _is_parallel(module)):
-            continue
-        if _is_peft_model(module):
+        elif part in _WRAPPERS or (part == "module" and _is_parallel(module)):
+            pass
+        elif _is_peft_model(module):
             if part == "base_model":
                 continue
             # Prompt learning keeps its parameters here, and another name for the embeddings.
-            name = parts[parts.index(part) + 1] if part == "prompt_encoder" else ""
-            enabled = not getattr(module, "_adapters_disabled", False)
-            if part != "prompt_encoder" or not enabled or name != module.active_adapter:
-                return _Place("", True, False)
-            adapter, skip = True, True
+            if part != "prompt_encoder" or module._adapters_disabled:
+                return None
+            if following != module.active_adapter:
+                return None
+            adapter, skip = following, True
             kept.append(part)
         elif _is_tuner(module):
             if part != "model":
-                return _Place("", True, False)  # a bank of vectors shared by layers is not kept
+                return None
         elif _is_saved_module(module):
             active = [] if module.disable_adapters else list(module.active_adapters)
-            if part == "original_module":
-                if active and hasattr(module, "modules_to_save"):
-                    return _Place("", False, False)
-            elif part == "modules_to_save":
-                if parts[len(path.split("."))] not in active[:1]:
-                    return _Place("", False, False)
+            if part == "original_module" and active and "modules_to_save" in module._modules:
+                return None
+            if part == "modules_to_save":
+                if following not in active[:1]:
+                    return None
                 skip = True
-        elif _is_tuner_layer(module):
-            if part == "base_layer":
-                continue
-            if part not in (*module.adapter_layer_names, *module.other_param_names):
-                kept.append(part)
-                continue
-            following = parts[len(path.split(".")) :]
-            name = following[0] if following else ""
-            if not _layer_in_force(module, name):
-                return _Place("", True, False)
-            adapter, skip = True, True
+        elif _is_tuner_layer(module) and part == "base_layer":
+            pass
+        elif _is_tuner_layer(module) and part in _adapter_parts(module):
+            if not _layer_in_force(module, following):
+                return None
+            adapter, skip = following, True
             kept.append(part)
         else:
             kept.append(part)
-    return _Place(".".join(kept), adapter, True)
+    return _Place(".".join(kept), adapter)
+
+
+def _adapter_parts(layer: Any) -> tuple[str, ...]:
+    return (*layer.adapter_layer_names, *layer.other_param_names)
 
 
 def _layer_in_force(layer: Any, name: str) -> bool:
@@ -240,32 +210,30 @@ def _adds_zero(layer: Any, name: str) -> bool:
 
 
 def _scalings(modules: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The factors of the adapters in force: plain numbers, so the state dict has them not."""
+    """The factors of the adapters in force: plain numbers, which no state dict has."""
     found = {}
     for path, module in modules.items():
         if not _is_tuner_layer(module):
             continue
         for name, value in getattr(module, "scaling", {}).items():
-            if _layer_in_force(module, name) and isinstance(value, (int, float)):
-                plain = _place(f"{path}.base_layer.scaling", modules).name
-                found[plain] = torch.tensor(float(value), dtype=torch.float64)
+            place = _place(f"{path}.base_layer.scale", modules)
+            if place is not None and _layer_in_force(module, name):
+                found[place.name] = torch.tensor(float(value), dtype=torch.float64)
     return found
 
 
-def _kinds(modules: Mapping[str, Any]) -> set[str]:
-    """Each active adapter's type, with what its parameters do not show."""
+def _kinds(modules: Mapping[str, Any], names: set[str]) -> list[str]:
+    """The type of each adapter in force, with what its parameters do not show."""
     kinds = set()
     for module in modules.values():
         configs = getattr(module, "peft_config", None)
         if not isinstance(configs, dict):
             continue
-        active = getattr(module, "active_adapters", [])
-        for name in active() if callable(active) else active:
-            if name in configs:
-                kind = getattr(configs[name].peft_type, "value", str(configs[name].peft_type))
-                tokens = getattr(configs[name], "alora_invocation_tokens", None)
-                kinds.add(kind if tokens is None else f"{kind} after tokens {list(tokens)}")
-    return kinds
+        for name in names & configs.keys():
+            kind = str(getattr(configs[name].peft_type, "value", configs[name].peft_type))
+            tokens = getattr(configs[name], "alora_invocation_tokens", None)
+            kinds.add(kind if tokens is None else f"{kind} after tokens {list(tokens)}")
+    return sorted(kinds)
 
 
 def _refuse_merged_and_disabled(modules: Any) -> None:

@@ -27,10 +27,11 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 
 from fusedpo import pair_logps
 from fusedpo._head import add_fused_head
-from fusedpo._precompute.filling import Scorer, fill, missing_records, open_store
-from fusedpo._precompute.identity import identity_differences, model_identity
+from fusedpo._precompute.filling import Scorer, fill, open_store
+from fusedpo._precompute.identity import model_identity
 from fusedpo._precompute.records import RecordIndex, index_records, keys_of
 from fusedpo._precompute.scoring import scoring_mode, sums
+from fusedpo._store_identity import differences
 from fusedpo.store import RefStore, StoreError
 from fusedpo.trl.ref_batches import CollatedRows, records_of_batch
 
@@ -114,11 +115,11 @@ class StoredReference:
             if options.identity != "ignore" or not path.exists():
                 raise
         store = RefStore(str(path), mode="r")
-        differences = identity_differences(store.identity, self._identity)
+        differing = differences(self._identity, store.identity)
         self._append = False
         warnings.warn(
             f"fusedpo: ref_identity='ignore': {path} belongs to another reference than this "
-            f"training's ({'; '.join(differences)}). Its values are used as they are, nothing is "
+            f"training's ({'; '.join(differing)}). Its values are used as they are, nothing is "
             "added to it, and a missing record is an error.",
             stacklevel=4,
         )
@@ -155,7 +156,7 @@ class StoredReference:
                 continue
             source = CollatedRows(dataset, self._trainer.data_collator)
             index = index_records(source)
-            missing = missing_records(self._store, index.keys, self._per_token)
+            missing = self._store.missing(index.keys, tokens=self._per_token)
             count = int(missing.sum())
             accelerator.print(
                 f"fusedpo: {self.path}: {name} has {len(index)} records in {index.rows} rows; "
@@ -333,11 +334,11 @@ class StoredReference:
                 f"cannot be loaded from {name!r} ({error}). {remedy}"
             ) from error
         model.config.get_text_config().pad_token_id = trainer._tokenizer.pad_token_id
-        differences = identity_differences(self._identity, self._identify(model))
-        if differences:
+        differing = differences(self._identify(model), self._identity)
+        if differing:
             raise LookupError(
                 f"a record is not in {self.path}, the policy has been trained, and {name!r} is not "
-                f"the model that the training began with ({'; '.join(differences)}). {remedy}"
+                f"the model that the training began with ({'; '.join(differing)}). {remedy}"
             )
         disable_dropout_in_model(model)
         add_fused_head(model)
