@@ -104,11 +104,8 @@ def _verify(commands: Any) -> None:
 
 
 def _merge(commands: Any) -> None:
-    _add(
-        commands,
-        "merge",
-        "put all logs of a store into one sorted snapshot; no process may write meanwhile",
-    )
+    parser = _add(commands, "merge", "put all logs of a store into one sorted snapshot")
+    _abandoned_argument(parser)
 
 
 def _export(commands: Any) -> None:
@@ -119,7 +116,10 @@ def _export(commands: Any) -> None:
         "ref_rejected_logps, to a file",
     )
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="ends in .parquet, .arrow or .jsonl"
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="records: .parquet or .arrow; a data set: .parquet or .jsonl",
     )
     data = parser.add_argument_group("a data set with columns, instead of bare records")
     _data_arguments(data, required=False)
@@ -144,6 +144,16 @@ def _prune(commands: Any) -> None:
     data = parser.add_argument_group("what to keep")
     _data_arguments(data)
     _tokenizer_arguments(data)
+    _abandoned_argument(parser)
+
+
+def _abandoned_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--abandoned",
+        action="store_true",
+        help="also take over logs that were never closed, of runs that were killed; only when no "
+        "run writes to the store",
+    )
 
 
 def _model_arguments(group: Any) -> None:

@@ -7,16 +7,12 @@ import sys
 from typing import Any
 
 from fusedpo._precompute.filling import PrecomputeReport, Progress
+from fusedpo.store import MergeReport, VerifyReport
 
 
 def is_main_process() -> bool:
     """Of several processes under torchrun or accelerate launch one speaks."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def describe(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, (ValueError, ImportError)) else f"{text}"
 
 
 class ProgressBar(Progress):
@@ -67,5 +63,61 @@ def precompute_text(report: PrecomputeReport) -> str:
             f"{report.sample.records} records scored again: largest difference "
             f"{report.sample.largest_difference:.2g} nats, relative "
             f"{report.sample.largest_relative_difference:.2g}"
+        )
+    return "\n".join(lines)
+
+
+def inspect_text(report: dict[str, Any]) -> str:
+    identity = dict(report["identity"])
+    info = identity.pop("info", {})
+    lines = [
+        f"{report['path']}: {report['records']} records, {report['bytes']} bytes in "
+        f"{len(report['files'])} files; {report['unmerged_records']} records are in logs"
+    ]
+    for file in report["files"]:
+        state = "" if file["kind"] == "snapshot" or file["closed"] else ", not closed"
+        lines.append(f"  {file['kind']:8}  {file['records']:>9} records  {file['name']}{state}")
+    lines.append("made with:")
+    if "model" in info:
+        lines.append(f"  {info['model']}")
+    lines += [f"  {name} {value}" for name, value in sorted(info.get("versions", {}).items())]
+    lines.append("belongs to this reference:")
+    lines += [f"  {name}: {value}" for name, value in _leaves(identity)]
+    return "\n".join(lines)
+
+
+def _leaves(fields: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            found += _leaves(value, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, value))
+    return found
+
+
+def verify_text(store: str, report: VerifyReport) -> str:
+    lines = [f"{store}: {report.records} records are intact"]
+    lines += [_problem(each) for each in report.problems]
+    if report.problem_count > len(report.problems):
+        lines.append(f"... {report.problem_count} problems in all")
+    lines += ["note: " + _problem(each) for each in report.notes]
+    lines.append("no problem" if report.ok else f"{report.problem_count} problems")
+    return "\n".join(lines)
+
+
+def _problem(problem: Any) -> str:
+    where = "" if problem.offset is None else f" at byte {problem.offset}"
+    return f"{problem.file}{where}: {problem.what}"
+
+
+def merge_text(store: str, report: MergeReport) -> str:
+    lines = [f"{store}: {report.records} records in {report.snapshot or 'no snapshot'}"]
+    lines += [f"discarded, never confirmed: {each}" for each in report.discarded]
+    if report.kept_logs:
+        lines.append(
+            f"merged, but kept, because their writers have not closed them: "
+            f"{', '.join(report.kept_logs)}. If no process writes to them any more, add "
+            "--abandoned"
         )
     return "\n".join(lines)

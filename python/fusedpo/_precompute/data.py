@@ -164,6 +164,7 @@ class TokenizedRows:
         truncation_mode: str,
     ) -> None:
         self.per_row = len(completion_columns)
+        self.dataset = dataset  # with all its columns
         self._columns = ("prompt_ids", *completion_columns)
         self._dataset = dataset.with_format("numpy", columns=list(self._columns))
         self._max_length, self._truncation_mode = max_length, truncation_mode

@@ -7,8 +7,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from fusedpo._head import add_fused_head
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -105,6 +103,3 @@ def pad_token_id(processing_class: Any) -> int:
     # Padding comes after every scored token, so its value decides nothing.
     return int(tokenizer.pad_token_id or 0)
 
-
-def dtype_name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")

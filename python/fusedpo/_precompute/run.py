@@ -79,22 +79,12 @@ def precompute(
     """
     require_packages(peft=ref_adapter is not None)
     from .data import check_truncation, completion_columns, load_data, tokenize
-    from .identity import model_identity
-    from .reference import (
-        dtype_name,
-        fused_head,
-        load_processing_class,
-        load_reference,
-        pad_token_id,
-        refuse_adapter_on_head,
-    )
+    from .reference import fused_head, load_processing_class, pad_token_id
 
     check_truncation(max_length, truncation_mode)
     _check_count("max_tokens_per_batch", max_tokens_per_batch, least=1)
     _check_count("verify_sample", verify_sample, least=0)
     compute_dtype = autocast_dtype(autocast)
-    if ref_adapter is not None and not isinstance(model, str):
-        raise ValueError("ref_adapter needs a model given by its path or name; pass a PeftModel.")
     from accelerate import PartialState
 
     with random_states_kept():
@@ -104,16 +94,15 @@ def precompute(
         if processing_class is None:
             processing_class = load_processing_class(model, revision)
         ours = isinstance(model, str)
-        if ours:
-            model = load_reference(
-                model,
-                dtype=dtype,
-                revision=revision,
-                attn_implementation=attn_implementation,
-                ref_adapter=ref_adapter,
-            )
-        refuse_adapter_on_head(model)
-        store = open_store(output, model_identity(model, autocast=dtype_name(compute_dtype)))
+        model, identity = reference_of(
+            model,
+            dtype=dtype,
+            autocast=autocast,
+            revision=revision,
+            attn_implementation=attn_implementation,
+            ref_adapter=ref_adapter,
+        )
+        store = open_store(str(output), identity)
         source = tokenize(
             dataset,
             completions,
@@ -137,6 +126,35 @@ def precompute(
                 verify_sample=verify_sample,
                 progress=progress or Progress(),
             )
+
+
+def reference_of(
+    model: Any,
+    *,
+    dtype: str,
+    autocast: str,
+    revision: str | None,
+    attn_implementation: str | None,
+    ref_adapter: str | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model that scores, loaded if it is a name, and its identity."""
+    from .identity import model_identity
+    from .reference import load_reference, refuse_adapter_on_head
+
+    compute_dtype = autocast_dtype(autocast)
+    if isinstance(model, str):
+        model = load_reference(
+            model,
+            dtype=dtype,
+            revision=revision,
+            attn_implementation=attn_implementation,
+            ref_adapter=ref_adapter,
+        )
+    elif ref_adapter is not None:
+        raise ValueError("ref_adapter needs a model given by its path or name; pass a PeftModel.")
+    refuse_adapter_on_head(model)
+    name = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+    return model, model_identity(model, autocast=name)
 
 
 def require_packages(*, peft: bool) -> None:
