@@ -1,0 +1,227 @@
+#include "store/log_reader.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+namespace fusedpo {
+namespace {
+
+constexpr std::size_t kMaxFindings = 1000;
+
+bool all_zero(const unsigned char* p, std::size_t n) {
+  return std::all_of(p, p + n, [](unsigned char byte) { return byte == 0; });
+}
+
+// The last marker of the file, if there is any: the end of what was promised. Without a trusted
+// header (`log_id` unknown) any marker that names its own position counts.
+std::optional<Marker> last_marker(const ReadableFile& file, std::uint64_t size,
+                                  std::optional<std::uint64_t> log_id) {
+  constexpr std::uint64_t kChunk = std::uint64_t{1} << 18;
+  std::vector<unsigned char> chunk(kChunk);
+  std::uint64_t end = size / kCell * kCell;
+  while (end > kLogHeader) {
+    const std::uint64_t begin = std::max<std::uint64_t>(kLogHeader, end - std::min(end, kChunk));
+    const std::size_t got = file.read_at(begin, chunk.data(), end - begin);
+    for (std::size_t i = got / kCell; i-- > 0;) {
+      Marker marker;
+      const std::uint64_t at = begin + i * kCell;
+      if (!marker.decode(chunk.data() + i * kCell)) continue;
+      if (log_id && marker.log_id != *log_id) continue;
+      if (marker.offset == at || marker.offset + kCell == at) return marker;
+    }
+    end = begin;
+  }
+  return std::nullopt;
+}
+
+// Why these 64 bytes are not the header of a log of this store, or nothing.
+std::optional<StoreError> header_problem(const unsigned char* bytes, const std::string& path,
+                                         const Digest& identity) {
+  const auto problem = [&](StoreCode code, std::uint64_t offset, const std::string& message) {
+    return StoreError(code, path, offset, path + ": " + message);
+  };
+  if (std::memcmp(bytes, kLogMagic, sizeof kLogMagic) != 0)
+    return problem(StoreCode::kBadMagic, 0,
+                   "a log must begin with \"fdpo.log\", this file does not. Move it elsewhere");
+  const auto order = load_le<std::uint32_t>(bytes + 8);
+  if (order == reverse_bytes(kByteOrder))
+    return problem(StoreCode::kForeignEndianness, 8,
+                   "written in big-endian byte order; the format is little-endian. Score again");
+  const bool intact = load_le<std::uint32_t>(bytes + 60) == masked_crc(bytes, 60);
+  const auto version = load_le<std::uint32_t>(bytes + 12);
+  if (intact && order == kByteOrder && version > kFormatVersion)
+    return problem(StoreCode::kFutureVersion, 12,
+                   "format version " + std::to_string(version) + "; this fusedpo knows version " +
+                       std::to_string(kFormatVersion) + ". Upgrade fusedpo");
+  if (!intact || order != kByteOrder || version != kFormatVersion)
+    return problem(StoreCode::kDamaged, 0,
+                   "the header is damaged, so its records cannot be trusted. Restore the file, or "
+                   "remove it and score what it held again");
+  if (std::memcmp(bytes + 16, identity.data(), identity.size()) != 0)
+    return problem(StoreCode::kIdentity, 16,
+                   "this log was written for another identity than identity.json tells. Move it "
+                   "to the store it belongs to");
+  return std::nullopt;
+}
+
+}  // namespace
+
+const unsigned char* BufferedReader::at(std::uint64_t offset, std::size_t size) {
+  if (offset < begin_ || offset + size > begin_ + filled_) {
+    if (size > buffer_.size()) buffer_.resize(size);
+    filled_ = file_.read_at(offset, buffer_.data(), buffer_.size());
+    begin_ = offset;
+    if (filled_ < size) return nullptr;
+  }
+  return buffer_.data() + (offset - begin_);
+}
+
+LogCursor::Frame LogCursor::bad(const char* why) {
+  what = why;
+  position_ = offset + kCell;
+  range_known_ = false;
+  return Frame::kBad;
+}
+
+bool LogCursor::tokens_hold() {
+  std::uint64_t at = offset + kCell;
+  const std::uint64_t values_end = at + std::uint64_t{4} * record.num_tokens;
+  const std::uint64_t end = at + token_bytes(record.num_tokens);
+  std::array<unsigned char, 16> raw;
+  record.key.store(raw.data());
+  std::uint32_t crc = crc32c(raw.data(), raw.size());
+  while (at < values_end) {
+    const std::size_t n = std::min<std::uint64_t>(reader_.capacity(), values_end - at);
+    const unsigned char* p = reader_.at(at, n);
+    if (p == nullptr) return false;
+    crc = crc32c(p, n, crc);
+    range_crc_ = crc32c(p, n, range_crc_);
+    at += n;
+  }
+  const std::size_t rest = end - at;
+  const unsigned char* p = reader_.at(at, rest);
+  if (p == nullptr) return false;
+  range_crc_ = crc32c(p, rest, range_crc_);
+  return load_le<std::uint32_t>(p) == mask_crc32c(crc) && all_zero(p + 4, rest - 4);
+}
+
+LogCursor::Frame LogCursor::read_marker(const unsigned char* cell) {
+  const bool first = marker.decode(cell) && marker.offset == offset;
+  const unsigned char* pair = reader_.at(offset, kMarkerPair);
+  Marker copy;
+  const bool second = pair != nullptr && copy.decode(pair + kCell) && copy.offset == offset;
+  if (!first && !second) return bad("a commit marker is damaged");
+  if (!first) marker = copy;
+  const bool range_holds =
+      !check_tokens_ || !range_known_ || marker.range_crc == mask_crc32c(range_crc_);
+  position_ = offset + kMarkerPair;
+  range_crc_ = 0;
+  range_known_ = true;
+  // One copy of the last pair may be torn: the bytes below were promised by the other one.
+  if (first != second && position_ < end_) {
+    what = "one copy of a commit marker is damaged";
+    return Frame::kBad;
+  }
+  if (!range_holds) {
+    what = "the checksum of the records before this commit marker does not hold";
+    return Frame::kBad;
+  }
+  return Frame::kMarker;
+}
+
+LogCursor::Frame LogCursor::next() {
+  if (position_ >= end_) return Frame::kEnd;
+  offset = position_;
+  const unsigned char* cell = reader_.at(offset, kCell);
+  if (cell == nullptr) {
+    position_ = end_;
+    what = "the file ends early";
+    return Frame::kBad;
+  }
+  if (Marker::is_marker(cell)) return read_marker(cell);
+  if (!record.decode(cell)) {
+    // The second copy of a marker tells that this cell is a damaged first one.
+    Marker copy;
+    const unsigned char* pair = reader_.at(offset, kMarkerPair);
+    if (pair != nullptr && copy.decode(pair + kCell) && copy.offset == offset)
+      return read_marker(pair);
+    return bad("a record's checksum does not hold");
+  }
+  if (check_tokens_) range_crc_ = crc32c(cell, kCell, range_crc_);
+  const std::uint64_t size = kCell + (record.has_tokens ? token_bytes(record.num_tokens) : 0);
+  if (size > end_ - offset) return bad("a record's token values do not fit before the marker");
+  if (check_tokens_ && record.has_tokens && !tokens_hold())
+    return bad("the checksum of a record's token values does not hold");
+  position_ = offset + size;
+  return Frame::kRecord;
+}
+
+LogScan scan_log(const ReadableFile& file, const std::string& path, const Digest& identity,
+                 std::uint64_t begin,
+                 const std::function<void(const Record&, std::uint64_t)>& on_record) {
+  LogScan scan;
+  scan.size = file.size();
+  std::array<unsigned char, kLogHeader> header{};
+  const bool whole = file.read_at(0, header.data(), header.size()) == header.size();
+  const auto problem = header_problem(header.data(), path, identity);
+  const bool readable = whole && !problem;
+  if (readable) scan.log_id = load_le<std::uint64_t>(header.data() + 32);
+  const auto last =
+      last_marker(file, scan.size, readable ? std::optional(scan.log_id) : std::nullopt);
+  if (problem) {
+    // Before the first marker the header was not promised either: a writer died creating the log.
+    const bool torn =
+        !whole || problem->code == StoreCode::kDamaged || all_zero(header.data(), header.size());
+    if (last || !torn) {
+      if (problem->code != StoreCode::kDamaged) throw *problem;
+      scan.damage.push_back({0, "the header is damaged"});
+      scan.damage_count = 1;
+      scan.committed = last->offset + kMarkerPair;
+      return scan;
+    }
+  }
+  if (!last) {
+    if (scan.size > 0 && (problem || scan.size > kLogHeader))
+      scan.discardable = Finding{problem ? 0 : kLogHeader, "never confirmed by a sync"};
+    return scan;
+  }
+  scan.closed = last->closed;
+  scan.committed = std::min(scan.size, last->offset + kMarkerPair);
+  LogCursor cursor(file, std::max<std::uint64_t>(begin, kLogHeader), last->offset + kMarkerPair,
+                   true);
+  for (;;) {
+    switch (cursor.next()) {
+      case LogCursor::Frame::kEnd:
+        if (scan.size > scan.committed)
+          scan.discardable = Finding{scan.committed, "never confirmed by a sync"};
+        else if (scan.size < last->offset + kMarkerPair)
+          scan.discardable = Finding{last->offset + kCell, "second copy of a marker not written"};
+        return scan;
+      case LogCursor::Frame::kRecord:
+        ++scan.records;
+        on_record(cursor.record, cursor.offset);
+        break;
+      case LogCursor::Frame::kMarker:
+        break;
+      case LogCursor::Frame::kBad:
+        ++scan.damage_count;
+        if (scan.damage.size() < kMaxFindings) scan.damage.push_back({cursor.offset, cursor.what});
+        break;
+    }
+  }
+}
+
+void read_log_tokens(std::span<const unsigned char> log, const std::string& path,
+                     std::uint64_t offset, const Record& record, float* values) {
+  const std::uint64_t begin = offset + kCell;
+  const std::uint64_t bytes = std::uint64_t{4} * record.num_tokens;
+  if (begin + bytes + 4 > log.size() || load_le<std::uint32_t>(log.data() + begin + bytes) !=
+                                            token_crc(record.key, log.data() + begin, bytes))
+    throw StoreError(StoreCode::kDamaged, path, begin,
+                     path + ": the checksum of a record's token values does not hold. Run verify");
+  for (std::uint32_t t = 0; t < record.num_tokens; ++t)
+    values[t] = load_le<float>(log.data() + begin + std::size_t{4} * t);
+}
+
+}  // namespace fusedpo

@@ -1,0 +1,89 @@
+// Reads logs: which bytes were promised, whether they are still what was written, and the records.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "store/error.h"
+#include "store/file.h"
+#include "store/format.h"
+
+namespace fusedpo {
+
+// Bytes of a file at any offset, through a buffer; for sequential reading.
+class BufferedReader {
+ public:
+  explicit BufferedReader(const ReadableFile& file, std::size_t capacity = std::size_t{1} << 18)
+      : file_(file), buffer_(capacity) {}
+  // `size` bytes at `offset`, valid until the next call; null when the file ends before.
+  const unsigned char* at(std::uint64_t offset, std::size_t size);
+  std::size_t capacity() const { return buffer_.size(); }
+
+ private:
+  const ReadableFile& file_;
+  std::vector<unsigned char> buffer_;
+  std::uint64_t begin_ = 0;
+  std::size_t filled_ = 0;
+};
+
+// Walks the cells of [begin, end) of a log, which must be a promised range.
+class LogCursor {
+ public:
+  enum class Frame { kEnd, kRecord, kMarker, kBad };
+
+  // With `check_tokens` also the token values and the checksum of every range between markers are
+  // checked; without, token values are skipped over.
+  LogCursor(const ReadableFile& file, std::uint64_t begin, std::uint64_t end, bool check_tokens)
+      : reader_(file), position_(begin), end_(end), check_tokens_(check_tokens) {}
+
+  // After kBad the walk goes on with the next cell: call again to find what is still readable.
+  Frame next();
+
+  Record record;               // after kRecord
+  Marker marker;               // after kMarker
+  std::uint64_t offset = 0;    // of the frame
+  const char* what = nullptr;  // after kBad
+
+ private:
+  Frame bad(const char* why);
+  Frame read_marker(const unsigned char* cell);
+  bool tokens_hold();
+
+  BufferedReader reader_;
+  std::uint64_t position_, end_;
+  bool check_tokens_;
+  std::uint32_t range_crc_ = 0;
+  bool range_known_ = true;  // false after a bad frame: it was reported, its range need not be
+};
+
+struct Finding {
+  std::uint64_t offset = 0;
+  std::string what;
+};
+
+struct LogScan {
+  std::uint64_t log_id = 0;
+  std::uint64_t committed = 0;  // end of the promised bytes; 0 when nothing was ever promised
+  std::uint64_t size = 0;
+  std::uint64_t records = 0;  // promised and readable
+  bool closed = false;
+  std::vector<Finding> damage;         // of promised bytes, in order of their offsets; at most 1000
+  std::uint64_t damage_count = 0;      // all of them
+  std::optional<Finding> discardable;  // bytes that were never promised
+};
+
+// Calls `on_record(record, offset)` for every promised record. `begin` is 0, or a `committed` of an
+// earlier scan of the same log: then only what came after it is read. Throws kBadMagic,
+// kFutureVersion, kForeignEndianness or kIdentity for a log that is none of this store's.
+LogScan scan_log(const ReadableFile& file, const std::string& path, const Digest& identity,
+                 std::uint64_t begin,
+                 const std::function<void(const Record&, std::uint64_t)>& on_record);
+
+// The values of the record whose cell is at `offset`, from the bytes of the log. Throws kDamaged.
+void read_log_tokens(std::span<const unsigned char> log, const std::string& path,
+                     std::uint64_t offset, const Record& record, float* values);
+
+}  // namespace fusedpo

@@ -1,0 +1,204 @@
+"""Between a store and tables: columns of data sets, parquet and arrow files.
+
+pyarrow is imported only by what needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._store_error import StoreError
+
+if TYPE_CHECKING:
+    from .store import RefStore
+
+_BATCH = 1000
+# Columns of ids -> the column of their log-probs; both sides after the prompt.
+_PAIRED = {"chosen_ids": "ref_chosen_logps", "rejected_ids": "ref_rejected_logps"}
+_UNPAIRED = {"completion_ids": "ref_logps"}
+
+
+def truncate(
+    prompt: list[int], completion: list[int], max_length: int | None, mode: str
+) -> tuple[list[int], list[int]]:
+    """The ids that are scored: prompt and completion cut as TRL's collator cuts the sequence."""
+    if max_length is None or len(prompt) + len(completion) <= max_length:
+        return prompt, completion
+    if mode == "keep_start":
+        return prompt[:max_length], completion[: max(0, max_length - len(prompt))]
+    if mode == "keep_end":
+        cut = len(prompt) + len(completion) - max_length
+        return prompt[cut:], completion[max(0, cut - len(prompt)) :]
+    raise StoreError(
+        f'truncation_mode must be "keep_start" or "keep_end"; got {mode!r}', "bad_value"
+    )
+
+
+def _column_names(dataset: Any) -> list[str]:
+    if isinstance(dataset, Mapping):
+        return list(dataset)
+    return list(dataset.column_names)
+
+
+def _batches(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(dataset, Mapping):
+        yield dataset
+    elif type(dataset).__module__.partition(".")[0] == "pyarrow":
+        for batch in dataset.to_batches(max_chunksize=_BATCH):
+            yield batch.to_pydict()
+    else:
+        yield from dataset.iter(batch_size=_BATCH)
+
+
+def _id_columns(dataset: Any) -> dict[str, str]:
+    names = _column_names(dataset)
+    for columns in (_PAIRED, _UNPAIRED):
+        if {"prompt_ids", *columns} <= set(names):
+            return columns
+    raise StoreError(
+        "the data set must be tokenised: columns prompt_ids, chosen_ids, rejected_ids, or "
+        f"prompt_ids, completion_ids; got {', '.join(names)}",
+        "bad_value",
+    )
+
+
+def _keys(
+    batch: Mapping[str, Any], column: str, max_length: int | None, mode: str
+) -> tuple[Any, list[int]]:
+    """(keys, num_tokens) of one column of completions."""
+    from .store import record_keys
+
+    pairs = [
+        truncate(list(p), list(c), max_length, mode)
+        for p, c in zip(batch["prompt_ids"], batch[column], strict=True)
+    ]
+    keys = record_keys([p for p, _ in pairs], [c for _, c in pairs])
+    return keys, [len(c) for _, c in pairs]
+
+
+def add_columns(store: RefStore, dataset: Any, max_length: int | None, mode: str) -> Any:
+    columns = _id_columns(dataset)
+    values: dict[str, list[Any]] = {name: [] for name in columns.values()}
+    rows = missing = 0
+    first: tuple[int, str] | None = None
+    for batch in _batches(dataset):
+        for column, name in columns.items():
+            found, logps, _ = store.lookup(_keys(batch, column, max_length, mode)[0])
+            values[name].append(logps)
+            missing += int((~found).sum())
+            if first is None and not found.all():
+                first = rows + int(np.argmin(found)), column
+        rows += len(batch["prompt_ids"])
+    if first is not None:
+        raise StoreError(
+            f"{missing} of {rows * len(columns)} records are not in the store; the first is "
+            f"{first[1]} of row {first[0]}. Were they tokenised and truncated as the store's "
+            "were? `fusedpo precompute` adds what is missing",
+            "missing_records",
+            str(store.path),
+        )
+    flat = {name: np.concatenate(v) if v else np.zeros(0) for name, v in values.items()}
+    if isinstance(dataset, Mapping):
+        return {**dataset, **{name: column.tolist() for name, column in flat.items()}}
+    for name, column in flat.items():
+        if name in dataset.column_names:
+            dataset = dataset.remove_columns(name)
+        dataset = dataset.add_column(name, column)
+    return dataset
+
+
+def import_columns(store: RefStore, dataset: Any, max_length: int | None, mode: str) -> int:
+    names = set(_column_names(dataset))
+    raw = {"key", "logps", "num_tokens"} <= names
+    if not raw:
+        columns = _id_columns(dataset)
+        absent = sorted(set(columns.values()) - names)
+        if absent:
+            raise StoreError(
+                f"the data set has no column {absent[0]}, which holds the log-probs to import",
+                "bad_value",
+            )
+    records = 0
+    with store.writer("import") as w:
+        for batch in _batches(dataset):
+            if raw:
+                records += _import_raw(w, batch)
+                continue
+            for column, name in columns.items():
+                keys, num_tokens = _keys(batch, column, max_length, mode)
+                w.append(keys, batch[name], num_tokens)
+                records += len(num_tokens)
+    store.refresh()
+    return records
+
+
+def _import_raw(w: Any, batch: Mapping[str, Any]) -> int:
+    n = len(batch["logps"])
+    joined = b"".join(bytes(key) for key in batch["key"])
+    if len(joined) != 16 * n:
+        raise StoreError("column key must hold 16 bytes for every record", "bad_value")
+    keys = np.frombuffer(joined, np.uint8).reshape(n, 16)
+    logps = np.asarray(batch["logps"], np.float64)
+    num_tokens = np.asarray(batch["num_tokens"])
+    values = batch.get("token_logps")
+    has = np.array([values is not None and values[i] is not None for i in range(n)], bool)
+    if not has.all():
+        w.append(keys[~has], logps[~has], num_tokens[~has])
+    if has.any() and values is not None:
+        chosen = [values[i] for i in np.flatnonzero(has)]
+        w.append(keys[has], logps[has], num_tokens[has], chosen)
+    return n
+
+
+def export(store: RefStore, path: pathlib.Path) -> int:
+    if path.suffix not in (".parquet", ".arrow"):
+        raise StoreError(f"export writes .parquet or .arrow files; got {path}", "bad_value")
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise StoreError(
+            "export needs pyarrow: pip install pyarrow (the snapshot itself is a .safetensors "
+            "file that needs nothing)",
+            "needs_extra",
+        ) from e
+    schema = pa.schema(
+        [
+            ("key", pa.binary(16)),
+            ("logps", pa.float64()),
+            ("num_tokens", pa.uint32()),
+            ("token_logps", pa.list_(pa.float32())),
+        ]
+    )
+    records = 0
+    # Whole or not at all: under its name only when it is complete.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with (
+            pq.ParquetWriter(temporary, schema)
+            if path.suffix == ".parquet"
+            else pa.ipc.new_file(str(temporary), schema)
+        ) as writer:
+            for keys, logps, num_tokens, values, offsets in store.batches(8192):
+                lengths = np.diff(offsets)
+                lists = pa.ListArray.from_arrays(
+                    pa.array(offsets.astype(np.int32), mask=np.append(lengths == 0, False)),
+                    pa.array(values),
+                )
+                key = pa.FixedSizeBinaryArray.from_buffers(
+                    pa.binary(16), len(logps), [None, pa.py_buffer(keys.tobytes())]
+                )
+                columns = [key, pa.array(logps), pa.array(num_tokens), lists]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                records += len(logps)
+        os.replace(temporary, path)
+    except OSError as e:
+        raise StoreError(f"cannot write {path}: {e}", "io", str(path)) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return records
