@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from fusedpo._head import add_fused_head
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def process_state() -> Any:
+    """Return accelerate's state: rank, number of processes, device.
+
+    Raises:
+        RuntimeError: a launcher started several processes, and accelerate sees one.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != launched:
+        # Each would take all of the work for its own.
+        raise RuntimeError(
+            f"the launcher started {launched} processes, but accelerate was set up for "
+            f"{state.num_processes} before. Make no PartialState() or Accelerator() of another "
+            "kind before precompute."
+        )
+    return state
 
 
 def load_reference(
@@ -25,7 +48,6 @@ def load_reference(
     Raises:
         ValueError: `model` is an adapter without its base model, or `dtype` is unknown.
     """
-    from accelerate import PartialState
     from trl.trainer.utils import create_model_from_path
 
     folder = pathlib.Path(model)
@@ -40,7 +62,7 @@ def load_reference(
         options["revision"] = revision
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    state = PartialState()
+    state = process_state()
     if state.num_processes > 1:
         options["device_map"] = None  # each process holds the whole model on its own device
     loaded = create_model_from_path(model, **options)

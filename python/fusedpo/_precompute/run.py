@@ -79,14 +79,13 @@ def precompute(
     """
     require_packages(peft=ref_adapter is not None)
     from .data import check_truncation, completion_columns, load_data, tokenize
-    from .reference import fused_head, load_processing_class, pad_token_id
+    from .reference import fused_head, load_processing_class, pad_token_id, process_state
 
     check_truncation(max_length, truncation_mode)
     _check_count("max_tokens_per_batch", max_tokens_per_batch, least=1)
     _check_count("verify_sample", verify_sample, least=0)
     compute_dtype = autocast_dtype(autocast)
-    from accelerate import PartialState
-
+    state = process_state()
     with random_states_kept():
         # What can be refused soon is refused before the long work: hashing, tokenising, scoring.
         dataset = load_data(data, split)
@@ -111,7 +110,6 @@ def precompute(
             truncation_mode=truncation_mode,
         )
         scorer = Scorer(model, compute_dtype, pad_token_id(processing_class), inference_mode=ours)
-        state = PartialState()
         with fused_head(model):
             return fill(
                 store,
