@@ -142,9 +142,9 @@ def fill(
                             synced = time.monotonic()
                         progress.advance(size)
             seconds = time.monotonic() - start
+            store.refresh()
             sample = None
             if verify_sample:
-                store.refresh()
                 sample = _verify(store, source, index, share, scorer, verify_sample)
     finally:
         progress.close()

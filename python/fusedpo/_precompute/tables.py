@@ -88,7 +88,7 @@ def write(dataset: Any, path: str) -> None:
     if path.endswith(".parquet"):
         dataset.to_parquet(path)
     elif path.endswith(".jsonl"):
-        dataset.to_json(path, force_ascii=False)
+        dataset.to_json(path, force_ascii=False, double_precision=15)
     else:
         raise ValueError(
             f"a data set is written to .parquet or .jsonl; got {pathlib.Path(path).name}."
