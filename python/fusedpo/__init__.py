@@ -3,6 +3,8 @@
 __version__ = "0.1.0"
 
 from . import _load, reference  # noqa: F401  _load first: it loads the C++ operators
+from ._precompute.filling import PrecomputeReport
+from ._precompute.run import precompute
 from ._store_error import StoreError
 from .logps import linear_token_logps, token_logps
 from .losses import LossType, loss_types, preference_loss, unpaired_loss
@@ -12,6 +14,7 @@ from .store import RefStore, record_keys
 __all__ = [
     "LossType",
     "PairLogps",
+    "PrecomputeReport",
     "PreferenceLoss",
     "RefStore",
     "StoreError",
@@ -20,6 +23,7 @@ __all__ = [
     "linear_token_logps",
     "loss_types",
     "pair_logps",
+    "precompute",
     "preference_loss",
     "record_keys",
     "reference",

@@ -43,6 +43,20 @@ def test_ddp_logs_equal_trl_and_ranks_stay_equal(tmp_path: pathlib.Path) -> None
     assert_equal_logs(logs["FusedDPOTrainer"], logs["DPOTrainer"])
 
 
+def test_ddp_with_a_store_equals_ddp_with_a_reference(tmp_path: pathlib.Path) -> None:
+    logs = run_on_two_ranks("store", tmp_path)
+    assert any("eval_rewards/margins" in entry for entry in logs["online"])
+    for run in ("first", "second"):
+        for mine, theirs in zip(logs[run], logs["online"], strict=True):
+            if abs(theirs.get("rewards/margins", 1.0)) < 1e-5:  # the sign of rounding errors
+                mine["rewards/accuracies"] = theirs["rewards/accuracies"]
+        assert_equal_logs(logs[run], logs["online"])
+    # Both ranks scored a share, before the first step; the second training scored nothing.
+    assert len(logs["records in logs"]) >= 2
+    assert min(logs["records in logs"]) > 0
+    assert logs["records"] <= sum(logs["records in logs"]) <= logs["records"] + 4
+
+
 def test_fsdp2_head_of_its_own_gets_the_gradient_averaged_over_ranks(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
-import fusedpo.trl.head as head_module
+import fusedpo._head as head_module
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from fusedpo.reference import METRICS

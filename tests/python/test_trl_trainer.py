@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
-import fusedpo.trl.head as head_module
+import fusedpo._head as head_module
 import fusedpo.trl.metrics as metrics_module
 import fusedpo.trl.trainer as trainer_module
 import peft

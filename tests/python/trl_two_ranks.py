@@ -1,4 +1,5 @@
-"""What test_trl_distributed runs on each of two gloo ranks; arguments: ddp or fsdp2, a folder."""
+"""What test_trl_distributed runs on each of two gloo ranks; arguments: ddp, store or fsdp2, a
+folder."""
 
 from __future__ import annotations
 
@@ -42,9 +43,37 @@ def ddp(folder: pathlib.Path) -> None:
         (folder / "logs.json").write_text(json.dumps(logs), encoding="utf-8")
 
 
+def store(folder: pathlib.Path) -> None:
+    """Train under DDP without and with a store, twice; write what rank 0 logs."""
+    from fusedpo import RefStore
+    from fusedpo.trl import FusedDPOTrainer
+    from trl_helpers import logged, make_pairs, train
+
+    logs = {}
+    for name in ("online", "first", "second"):
+        trainer = train(
+            FusedDPOTrainer,
+            folder,
+            per_device_train_batch_size=2,
+            eval_rows=make_pairs(7, seed=1),
+            per_device_eval_batch_size=2,
+            eval_strategy="steps",
+            eval_steps=3,
+            ddp_find_unused_parameters=False,
+            with_ref_model=name == "online",
+            keywords={} if name == "online" else {"ref_store": folder / "refs"},
+        )
+        logs[name] = logged(trainer)
+    if dist.get_rank() == 0:
+        files = RefStore(folder / "refs").files()
+        logs["records in logs"] = [file.records for file in files]
+        logs["records"] = len(RefStore(folder / "refs"))
+        (folder / "logs.json").write_text(json.dumps(logs), encoding="utf-8")
+
+
 def fsdp2(folder: pathlib.Path) -> None:
     """The gradient of a head that is an FSDP2 unit of its own is the mean over ranks."""
-    from fusedpo.trl.head import add_fused_head
+    from fusedpo._head import add_fused_head
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from trl_helpers import make_model
@@ -75,5 +104,5 @@ def fsdp2(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "fsdp2": fsdp2}[sys.argv[1]](pathlib.Path(sys.argv[2]))
+    {"ddp": ddp, "store": store, "fsdp2": fsdp2}[sys.argv[1]](pathlib.Path(sys.argv[2]))
     dist.destroy_process_group()

@@ -72,7 +72,7 @@ class _FusedLogProbs:
                 *(given[name] for name in _PARAMETERS)
             )
             return result
-        from fusedpo.trl.head import score_rows
+        from fusedpo._head import score_rows
 
         scored = score_rows(
             hidden,

@@ -1,8 +1,8 @@
 """`FusedDPOTrainer`: TRL's DPOTrainer with log-probs, loss and metrics computed by fusedpo.
 
-Data preparation, reference handling, PEFT, precomputing, evaluation and logging are TRL's. What
-changes is the head on `model.forward` (head.py), the loss of a batch, and how often metrics are
-read from the device (metrics.py).
+Data preparation, PEFT, evaluation and logging are TRL's. What changes is the head on
+`model.forward` (fusedpo._head), the loss of a batch, how often metrics are read from the device
+(metrics.py), and where precomputed reference log-probs are kept (ref_store.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 import trl.trainer.dpo_trainer as _trl_dpo
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
-from fusedpo.trl.head import add_fused_head
+from fusedpo._head import add_fused_head
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
+from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
 from fusedpo.trl.versions import require_supported
 
 _NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
@@ -42,10 +43,21 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             before training.
         args (`trl.DPOConfig`, *optional*): the configuration.
         *rest, **keywords: the further arguments of `trl.DPOTrainer`, in its order.
+        ref_store (path, *optional*): a store of reference log-probs, made by `fusedpo precompute`
+            or here: then no reference model is loaded, and every record is looked up by its token
+            ids. With `DPOConfig(precompute_ref_log_probs=True)` and no `ref_store` a store below
+            `output_dir` is used.
+        ref_miss (`str`, defaults to `"compute"`): what happens to records that the store lacks:
+            `"compute"` scores and appends them, before the first step where the data set has a
+            length; `"error"` refuses to train without them.
+        ref_identity (`str`, defaults to `"check"`): `"check"` refuses a store that was made with
+            another reference, or scored in another way; `"ignore"` uses its values, with a warning.
 
     Raises:
         ValueError: a loss that is unknown or an option out of range; the message names it.
-            UnsupportedTRLError: the installed TRL is outside the supported range.
+        UnsupportedTRLError: the installed TRL is outside the supported range.
+        fusedpo.StoreError: the store belongs to another reference, or is damaged.
+        LookupError: records are missing, and `ref_miss` is "error".
 
     Example:
 
@@ -56,14 +68,43 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **keywords: Any
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        *rest: Any,
+        ref_store: Any = None,
+        ref_miss: str = "compute",
+        ref_identity: str = "check",
+        **keywords: Any,
     ) -> None:
         require_supported()
-        # Wrong options are refused before a model is loaded; without args TRL makes the default.
-        call = loss_call(args) if isinstance(args, DPOConfig) else None
-        with _our_head_during_construction():
+        if args is None:  # as DPOTrainer makes it
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = DPOConfig(f"{name.split('/')[-1]}-DPO")
+        # Wrong options are refused before a model is loaded.
+        self._loss_call = loss_call(args)
+        store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args)
+        with _construct(args, without_reference=store is not None):
             super().__init__(model, ref_model, args, *rest, **keywords)
-        self._loss_call = loss_call(self.args) if call is None else call
+        self._stored_reference = None
+        if store is not None:
+            # Batches carry no reference log-probs: they are looked up.
+            self.precompute_ref_logps = False
+            self._stored_reference = StoredReference(self, store)
+            self._stored_reference.cover(self._splits())
+
+    def _splits(self) -> dict[str, Any]:
+        splits = {"train": self.train_dataset}
+        if isinstance(self.eval_dataset, dict):
+            splits |= self.eval_dataset
+        elif self.eval_dataset is not None:
+            splits["eval"] = self.eval_dataset
+        return splits
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Leave the data set as it is: the store has what TRL would put into columns."""
+        return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Score a batch with the reference, without gradient; returns the chosen and rejected
@@ -74,6 +115,14 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """
         pair = self._reference_pair(model, inputs)
         return pair.chosen, pair.rejected
+
+    def token_logps(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Score a batch with `model` as it stands: log-probs [2B, T - 1] of the tokens in nats, 0
+        outside completions."""
+        outputs = model(**_model_inputs(inputs), labels=_labels(inputs), fused_lm_head=True)
+        # Prompt learning puts virtual tokens in front.
+        log_probs: Tensor = outputs.log_probs[:, -(inputs["completion_mask"].shape[1] - 1) :]
+        return log_probs
 
     def _reference_pair(self, model: Any, inputs: dict[str, Any]) -> PairLogps:
         adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -89,8 +138,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         # Precomputing runs a policy that accelerate has not prepared: without this context it would
         # miss the autocast.
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            outputs = model(**_model_inputs(inputs), labels=_labels(inputs), fused_lm_head=True)
-        return _pair(outputs.log_probs, inputs, self.ld_alpha)
+            token_logps = self.token_logps(model, inputs)
+        return _pair(token_logps, inputs, self.ld_alpha)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
@@ -99,8 +148,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             model_inputs["output_router_logits"] = True
         outputs = model(**model_inputs, labels=_labels(inputs), fused_lm_head=True)
         policy = _pair(outputs.log_probs, inputs, self.ld_alpha)
-        if self.precompute_ref_logps:
-            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        if self._stored_reference is not None:
+            reference = self._stored_reference.pair(inputs, policy.chosen.dtype)
         else:
             reference = self.compute_ref_log_probs(
                 self.model if self.ref_model is None else self.ref_model, inputs
@@ -147,18 +196,26 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _our_head_during_construction() -> Iterator[None]:
-    # DPOTrainer puts its head on the model and on the reference, shards the reference and
-    # precomputes inside __init__, so ours has to be there instead, not after. Only construction
-    # looks the name up; the lock keeps two trainers that are built in two threads from restoring
-    # each other's name.
+def _construct(args: Any, *, without_reference: bool) -> Iterator[None]:
+    """What has to be different inside `DPOTrainer.__init__`.
+
+    It puts its head on the model and on the reference there, so ours has to be there instead, not
+    after. With a store no reference is loaded, as when TRL precomputes, and the hash that TRL would
+    take of the model for its own cache is not needed. Only construction looks these names up; the
+    lock keeps two trainers that are built in two threads from restoring each other's.
+    """
     with _construction:
-        original = _trl_dpo.add_fused_lm_head
+        head, hash_module = _trl_dpo.add_fused_lm_head, _trl_dpo.hash_module
+        precompute = args.precompute_ref_log_probs
         _trl_dpo.add_fused_lm_head = add_fused_head
+        if without_reference:
+            args.precompute_ref_log_probs = True
+            _trl_dpo.hash_module = lambda module: None
         try:
             yield
         finally:
-            _trl_dpo.add_fused_lm_head = original
+            _trl_dpo.add_fused_lm_head, _trl_dpo.hash_module = head, hash_module
+            args.precompute_ref_log_probs = precompute
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
