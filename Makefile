@@ -59,6 +59,7 @@ cuda: $(STAMPS)/tools
 
 cuda-host-ops: $(STAMPS)/test
 	scripts/test_cuda_host_ops.sh $(VENV)
+
 tsan: $(STAMPS)/tools
 	scripts/run_tsan.sh $(VENV)
 
