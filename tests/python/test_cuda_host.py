@@ -221,6 +221,19 @@ def test_many_chunks_and_cast_tiles_give_the_results_of_the_reference(budget, au
         torch.testing.assert_close(mine, his, rtol=tolerance, atol=tolerance * his.abs().max())
 
 
+def test_a_weight_that_no_product_reads_in_place_is_copied_in_tiles():
+    # Neither rows nor columns are dense. 601 entries are three tiles; tiles fill columns of a chunk.
+    head = make_head(40, 8192, 601, seed=12, ignored=0.2)
+    spread = head.weight.repeat_interleave(2, 1)[:, ::2]
+    results = []
+    for budget in (0, None):
+        for weight in (head.weight, spread):
+            got = linear(head._replace(weight=weight), "hw", logits_budget_bytes=budget)
+            results.append((*got[0], *got[1]))
+    for other in results[1:]:
+        assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("budget", [0, None])
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
