@@ -256,6 +256,23 @@ def test_fp16_keeps_upstream_gradients_of_any_size(scale, budget, weight_dtype):
             assert error <= 1e-2 * largest + smallest
 
 
+@pytest.mark.parametrize("budget", [0, None])
+@pytest.mark.parametrize("temperature", [0.004, 1.0, 250.0])
+def test_fp16_holds_the_gradients_of_steep_and_of_flat_logits(budget, temperature):
+    head = make_head(24, 16, 133, seed=13, dtype=torch.float16)
+    ours = [leaf(head.hidden), leaf(head.weight)]
+    out = fusedpo.linear_token_logps(
+        *ours, head.labels, temperature=temperature, logits_budget_bytes=budget
+    )
+    ours = torch.autograd.grad(out.logps.sum() / 64, ours)
+    plain = [leaf(t.double()) for t in (head.hidden, head.weight)]
+    want = fusedpo.reference.linear_token_logps(*plain, head.labels, temperature=temperature)
+    theirs = torch.autograd.grad(want.logps.sum() / 64, plain)
+    for mine, his in zip(ours, theirs, strict=True):
+        # Logits are rounded to fp16, and a steep softmax makes much of it: 20 / 0.004 nats apart.
+        torch.testing.assert_close(mine.double(), his, rtol=2e-2, atol=2e-2 * his.abs().max())
+
+
 def test_gradients_of_hidden_from_kept_rows_are_whole():
     # Not asked by the package itself, which forms them in forward; a caller of the operator may.
     head = make_head(30, 16, 133, seed=11, ignored=0.3)
