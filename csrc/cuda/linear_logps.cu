@@ -218,7 +218,7 @@ void label_products(const void* a, DType compute, const void* w, DType w_type, i
 void score_rows(const LogitRows& rows, unsigned metrics, bool write_unit, const RowOutputs& out,
                 void* stats, Stream stream) {
   if (rows.n == 0) return;
-  const ScoreArgs args{rows, out, stats, write_unit, unit_scale(rows.type)};
+  const ScoreArgs args{rows, out, stats, write_unit, unit_scale(rows.type, rows.transform)};
   const bool sums = (metrics & kSumMetrics) != 0;
   switch (rows.type) {
     case DType::f32:
