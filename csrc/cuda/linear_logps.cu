@@ -32,8 +32,10 @@ __device__ void store_stats(void* stats, int64_t i, const RowResult& r, double r
   store_at<R>(stats, 4 * i + 3, relative_slope);
 }
 
-// Grid: one block for each row: one read; with write_unit a second one, from the L2 cache as far as
-// it reaches, and one write.
+// Grid: one block for each row, which it reads once: 2 bytes a value in 16-bit types. With
+// write_unit it reads the row again, from its end, and writes it: 4 bytes a value from and to
+// memory where the second read hits the L2 cache (132 rows of 256 KiB are in flight on an H200, and
+// 50 MB fit), 6 where it misses.
 template <typename Row, bool kMetrics>
 __global__ void __launch_bounds__(kMaxThreads) score(const __grid_constant__ ScoreArgs args) {
   using T = typename Row::Value;
@@ -79,7 +81,8 @@ struct GradientArgs {
 // Grid: one block for each row: one read and one write, or, where nothing comes from upstream, one
 // write.
 template <typename Row>
-__global__ void __launch_bounds__(kMaxThreads) differentiate(const __grid_constant__ GradientArgs args) {
+__global__ void __launch_bounds__(kMaxThreads)
+    differentiate(const __grid_constant__ GradientArgs args) {
   using T = typename Row::Value;
   using R = Compute<T>;
   const LogitRows& rows = args.rows;
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads) differentiate(const __grid_consta
   const bool valid = label >= 0 && label < cols;  // otherwise stats are NaN, and so is all of it
   const Row row(data, rows.transform, rows.bias);
   write_gradient<Row, true>(row, cols, valid ? static_cast<int>(label) : 0, g, relative_slope,
-                 value_at<R>(args.alpha, 0, 1.0), data);
+                            value_at<R>(args.alpha, 0, 1.0), data);
 }
 
 struct ProductArgs {
@@ -136,7 +139,8 @@ __device__ inline float load_rounded(const W* w, int64_t at, const T*) {
 
 // Grid: one block for each row of a: one read of it and of its label's row of w.
 template <typename T, typename W>
-__global__ void __launch_bounds__(kProductThreads) multiply(const __grid_constant__ ProductArgs args) {
+__global__ void __launch_bounds__(kProductThreads)
+    multiply(const __grid_constant__ ProductArgs args) {
   using R = Compute<T>;
   const LogitRows& rows = args.rows;
   const int64_t i = blockIdx.x, position = rows.rows == nullptr ? i : rows.rows[i];
@@ -200,8 +204,7 @@ void label_products(const void* a, DType compute, const void* w, DType w_type, i
                     int64_t w_col_stride, int64_t cols, const LogitRows& rows, bool add,
                     void* exact, Stream stream) {
   if (rows.n == 0) return;
-  const ProductArgs args{a,    w,    compute, w_type, w_row_stride, w_col_stride,
-                         cols, rows, add,     exact};
+  const ProductArgs args{a, w, compute, w_type, w_row_stride, w_col_stride, cols, rows, add, exact};
   switch (compute) {
     case DType::f32:
       return multiply_by<float>(args, stream);

@@ -37,7 +37,8 @@ constexpr int kPerVector = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 __device__ inline void unpack(const Words& words, float (&x)[8]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) unpack(words.w[i], static_cast<T*>(nullptr), &x[2 * i], &x[2 * i + 1]);
+  for (int i = 0; i < 4; ++i)
+    unpack(words.w[i], static_cast<T*>(nullptr), &x[2 * i], &x[2 * i + 1]);
 }
 
 template <typename T>
@@ -127,9 +128,9 @@ struct RowSplit {
   __device__ int begin_of(int vector) const { return head + vector * kPerVector<T>; }
 };
 
-// Which vectors a thread takes. A batch of a warp is kBatch runs of 32 neighbouring vectors, one for
-// each lane; warps take batches in turn. `vector` is a thread's first one of a batch, and the others
-// follow at steps of 32.
+// Which vectors a thread takes. A batch of a warp is kBatch runs of 32 neighbouring vectors, one
+// for each lane; warps take batches in turn. `vector` is a thread's first one of a batch, and the
+// others follow at steps of 32.
 template <int kBatch>
 struct Batches {
   static constexpr int kVectors = kBatch * static_cast<int>(kWarpSize);
@@ -149,8 +150,8 @@ struct Batches {
 
 // ---- two kinds of rows ----------------------------------------------------------
 
-// Logits of this many bits are so far apart that the softmax has room for equal ones only: there any
-// `bits` gives the same, and kFewBits, a power of two, keeps products in range.
+// Logits of this many bits are so far apart that the softmax has room for equal ones only: there
+// any `bits` gives the same, and kFewBits, a power of two, keeps products in range.
 template <typename C>
 constexpr double kExtremeBits = sizeof(C) == 4 ? 0x1p96 : 0x1p1020;
 template <typename C>

@@ -36,8 +36,7 @@ __device__ FUSEDPO_OUTLINED inline void find_coefficients(const RowGradient& g, 
   double at_label = g.grad_logp * g.rest_share;
   if (g.grad_entropy != 0.0) {
     // max is rounded: near p = 1 that would be all there is.
-    const double logp =
-        g.rest_share < 0.5 ? log1p(-g.rest_share) : label_z - g.max - g.log_sum;
+    const double logp = g.rest_share < 0.5 ? log1p(-g.rest_share) : label_z - g.max - g.log_sum;
     const double p = exp(logp);
     at_label -= p == 0.0 ? 0.0 : g.grad_entropy * p * (logp + g.entropy);
   }
@@ -80,7 +79,8 @@ __device__ inline void write_row(const Row& row, const RowSplit<typename Row::Va
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       words[b] = Words{};
-      if (vector + 32 * b < split.vectors) words[b] = load_words_last(row.data + begin + 32 * b * kPer);
+      if (vector + 32 * b < split.vectors)
+        words[b] = load_words_last(row.data + begin + 32 * b * kPer);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -142,7 +142,8 @@ __device__ inline void write_gradient(const Row& row, int cols, int label, const
 template <typename T>
 __device__ inline void write_zeros(T* out, int cols) {
   const RowSplit<T> split(out, cols);
-  for (int i = static_cast<int>(threadIdx.x); i < split.vectors; i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < split.vectors;
+       i += static_cast<int>(blockDim.x)) {
     store_words(out + split.begin_of(i), Words{});
   }
   const int single = single_of(split, -1);

@@ -22,13 +22,13 @@ constexpr C kNoAnchor = static_cast<C>(-2.0 * kExtremeBits<C>);
 // What a thread, a warp, then the block has seen of a row, the label left out.
 template <typename C>
 struct RowSums {
-  C anchor;               // a whole number
-  C max = -INFINITY;      // largest u
-  int first = -1;         // where the first batch in which the thread saw it begins
-  double rest = 0.0;      // sum 2^t, t = u bits - anchor
-  double rest_t = 0.0;    // sum 2^t t
-  double rest_sq = 0.0;   // sum 2^2t
-  double sum = 0.0;       // sum u
+  C anchor;              // a whole number
+  C max = -INFINITY;     // largest u
+  int first = -1;        // where the first batch in which the thread saw it begins
+  double rest = 0.0;     // sum 2^t, t = u bits - anchor
+  double rest_t = 0.0;   // sum 2^t t
+  double rest_sq = 0.0;  // sum 2^2t
+  double sum = 0.0;      // sum u
 
   __device__ explicit RowSums(C anchor_ = 0) : anchor(anchor_) {}
 
@@ -83,8 +83,8 @@ struct Batch {
   __device__ int begin(int b) const { return split.begin_of(vector + 32 * b); }
 };
 
-// kAll: every vector is wanted. Rows that are not plain are bound by their arithmetic, and go without
-// this second copy of it.
+// kAll: every vector is wanted. Rows that are not plain are bound by their arithmetic, and go
+// without this second copy of it.
 template <typename Row, bool kMetrics, bool kAll>
 __device__ inline void add_batch(const Row& row, const Words (&words)[Row::kBatch],
                                  const Batch<Row>& batch, RowSums<typename Row::C>* s) {
@@ -182,7 +182,8 @@ __device__ inline void sum_thread(const Row& row, const RowSplit<typename Row::V
 #pragma unroll 1
   for (; batch.vector < split.vectors; batch.vector += Plan::step()) {
     Words words[kBatch];
-    const bool all = batch.vector + 32 * (kBatch - 1) < split.vectors && batch.vector != label_batch;
+    const bool all =
+        batch.vector + 32 * (kBatch - 1) < split.vectors && batch.vector != label_batch;
     if (Row::kPlain && all) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -318,8 +319,8 @@ __device__ inline void score_row(Row row, int cols, int label, LabelValue label_
   // Nothing stands before the first value: there even -inf, or NaN as in torch, is a maximum.
   bool beaten = s.max > label_u || (label > 0 && !(label_u > -INFINITY));
   if (s.max == label_u && !beaten) {  // the same for the whole block
-    beaten = __syncthreads_or(own_max == s.max &&
-                              tie_before(row, split, label, label_u, s.first)) != 0;
+    beaten =
+        __syncthreads_or(own_max == s.max && tie_before(row, split, label, label_u, s.first)) != 0;
   }
   if (threadIdx.x != 0) return;
   const double inner = row.inner();
