@@ -16,8 +16,8 @@
 
 namespace fusedpo::cuda {
 
-// What D is multiplied by when stored: a power of two that brings its largest entries, of size k, to
-// about 1024 in fp16.
+// What D is multiplied by when stored: a power of two that brings its largest entries, of size k,
+// to about 1024 in fp16.
 inline double unit_scale(DType compute, const LogitTransform& f) {
   if (compute != DType::f16) return 1.0;
   double scale = 1024.0;
