@@ -221,6 +221,19 @@ def test_many_chunks_and_cast_tiles_give_the_results_of_the_reference(budget, au
         torch.testing.assert_close(mine, his, rtol=tolerance, atol=tolerance * his.abs().max())
 
 
+def test_a_weight_that_no_product_reads_in_place_is_copied_in_tiles():
+    # Neither rows nor columns are dense. 601 entries are three tiles; tiles fill columns of a chunk.
+    head = make_head(40, 8192, 601, seed=12, ignored=0.2)
+    spread = head.weight.repeat_interleave(2, 1)[:, ::2]
+    results = []
+    for budget in (0, None):
+        for weight in (head.weight, spread):
+            got = linear(head._replace(weight=weight), "hw", logits_budget_bytes=budget)
+            results.append((*got[0], *got[1]))
+    for other in results[1:]:
+        assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("budget", [0, None])
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
@@ -241,6 +254,23 @@ def test_fp16_keeps_upstream_gradients_of_any_size(scale, budget, weight_dtype):
         largest = his.abs().max()
         if largest < 6e4 or weight_dtype == torch.float32:
             assert error <= 1e-2 * largest + smallest
+
+
+@pytest.mark.parametrize("budget", [0, None])
+@pytest.mark.parametrize("temperature", [0.004, 1.0, 250.0])
+def test_fp16_holds_the_gradients_of_steep_and_of_flat_logits(budget, temperature):
+    head = make_head(24, 16, 133, seed=13, dtype=torch.float16)
+    ours = [leaf(head.hidden), leaf(head.weight)]
+    out = fusedpo.linear_token_logps(
+        *ours, head.labels, temperature=temperature, logits_budget_bytes=budget
+    )
+    ours = torch.autograd.grad(out.logps.sum() / 64, ours)
+    plain = [leaf(t.double()) for t in (head.hidden, head.weight)]
+    want = fusedpo.reference.linear_token_logps(*plain, head.labels, temperature=temperature)
+    theirs = torch.autograd.grad(want.logps.sum() / 64, plain)
+    for mine, his in zip(ours, theirs, strict=True):
+        # Logits are rounded to fp16, and a steep softmax makes much of it: 20 / 0.004 nats apart.
+        torch.testing.assert_close(mine.double(), his, rtol=2e-2, atol=2e-2 * his.abs().max())
 
 
 def test_gradients_of_hidden_from_kept_rows_are_whole():

@@ -307,7 +307,7 @@ TEST_P(LinearRows, ScoresAndGradientsMatchTheDefinitions) {
         g.grad_logp = 1.0;
         return g;
       };
-      expect_row_gradients(p, d, cuda::unit_scale(type), unit, where + ", unit");
+      expect_row_gradients(p, d, cuda::unit_scale(type, p.transform), unit, where + ", unit");
 
       if (!p.exact.empty()) continue;  // a general gradient has the rounded logits alone
       OnDevice again(p);
@@ -354,7 +354,7 @@ TEST_P(LinearRows, WideRowsMatchTheDefinitions) {
     score(d, kAllMetrics, true, 2, &s);
     expect_row_scores(p, kTransforms[1], d, s, name_of(type));
     expect_row_gradients(
-        p, d, cuda::unit_scale(type),
+        p, d, cuda::unit_scale(type, p.transform),
         [&](size_t i) {
           RowGradient g = saved(p, s, i);
           g.grad_logp = 1.0;
