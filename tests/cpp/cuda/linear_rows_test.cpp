@@ -418,6 +418,23 @@ TEST_P(LinearRows, WithoutPositionsRowsAreTheirOwn) {
   EXPECT_EQ(log.launches().size(), 0u);
 }
 
+TEST(UnitScale, BringsTheLargestEntriesOfFp16ToAbout1024) {
+  for (const double k : {1e-3, 0.5, 1.0, 1.5, 60.0, 64.0, 1000.0, -200.0}) {
+    for (const double temperature : {1.0, 0.7}) {
+      const double scale = cuda::unit_scale(DType::f16, {k, 0.0, temperature});
+      int exponent = 0;
+      EXPECT_EQ(std::frexp(scale, &exponent), 0.5) << "a power of two";
+      EXPECT_LE(scale, 1024.0);
+      const double largest = scale * std::fabs(k / temperature);
+      EXPECT_LE(largest, 1024.0);
+      EXPECT_TRUE(scale == 1024.0 || largest > 512.0) << k;
+      for (const DType type : {DType::f32, DType::bf16, DType::f64}) {
+        EXPECT_EQ(cuda::unit_scale(type, {k, 0.0, temperature}), 1.0);
+      }
+    }
+  }
+}
+
 // The label's logit from its two vectors, the weight in any type and with any strides.
 TEST_P(LinearRows, LabelProductsAreSummedInTheComputeType) {
   for (const size_t cols : {1, 5, 127, 128, 129, 1000}) {
