@@ -18,12 +18,12 @@ BUILD_TOOLS := "scikit-build-core>=1.0" "pybind11>=3.0" "cmake>=3.25" ninja
 # Everything that ends in the installed package.
 INSTALLED := pyproject.toml CMakeLists.txt \
   $(shell find build_backend cmake csrc python -type f -not -path '*/__pycache__/*')
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # make and CI never want the silent fallback to plain torch.
 export FUSEDPO_NATIVE ?= require
 
-.PHONY: help demo test lint sanitize cuda cuda-host-ops clean
+.PHONY: help demo test lint sanitize cuda cuda-host cuda-host-ops clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
@@ -31,6 +31,7 @@ help:
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  GoogleTest under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda      compile the CUDA kernels for every architecture of a release and check them'
+	@echo 'make cuda-host the CUDA kernels on the CPU, checked; planted faults must fail their tests'
 	@echo 'make cuda-host-ops  the operators'"'"' tests over CUDA operators with emulated kernels'
 	@echo 'make clean     remove .venv and build/'
 	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) TEST_ARGS=$(TEST_ARGS)'
@@ -53,6 +54,9 @@ sanitize: $(STAMPS)/tools
 
 cuda: $(STAMPS)/tools
 	scripts/check_cuda_build.sh $(VENV) build/cuda
+
+cuda-host: $(STAMPS)/tools
+	scripts/test_cuda_host.sh $(VENV)
 
 cuda-host-ops: $(STAMPS)/test
 	scripts/test_cuda_host_ops.sh $(VENV)

@@ -61,15 +61,17 @@ __global__ void __launch_bounds__(kMaxThreads) score(const __grid_constant__ Sco
   score_row<Row, kMetrics, false>(
       row, cols, y, [&](double x) { return value_at<R>(rows.exact_targets, i, x); }, &s);
   __shared__ RowGradient g;
+  double relative_slope = 0.0;
   if (threadIdx.x == 0) {
     if (!valid) s.result = invalid();
     const RowResult& r = s.result;
     store_result<R>(args.out, position, r);
-    store_stats<R>(args.stats, i, r, s.relative_slope);
+    relative_slope = s.relative_slope;
+    store_stats<R>(args.stats, i, r, relative_slope);
     g = {r.max, r.log_sum, r.rest_share, 1.0, 0.0, 0.0};
   }
   if (args.write_unit) {
-    write_gradient<Row, false>(row, cols, y, g, s.relative_slope, args.unit_scale, data);
+    write_gradient<Row, false>(row, cols, y, g, relative_slope, args.unit_scale, data);
   }
 }
 

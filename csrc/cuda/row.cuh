@@ -232,7 +232,7 @@ struct TransformedRow {
   __device__ double slope() const { return f.scale / f.temperature; }
   __device__ C relative_slope(C u) const {
     const C t = u * u_to_tanh;
-    return (1 - t) * (1 + t);
+    return capped ? (1 - t) * (1 + t) : C(1);  // without a cap u may be infinite
   }
   __device__ double bias_at(int v) const {
     return bias == nullptr ? 0.0 : static_cast<double>(bias[v]);
