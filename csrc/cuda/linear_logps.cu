@@ -181,23 +181,24 @@ void multiply_by(const ProductArgs& args, Stream stream) {
 template <typename T>
 void score_as(const ScoreArgs& args, bool metrics, Stream stream) {
   const dim3 grid(static_cast<unsigned>(args.rows.n)), block(threads_for(args.rows, sizeof(T)));
-  if (!is_plain(args.rows.transform, args.rows.bias)) {  // rare: one kernel for both
-    launch(score<TransformedRow<T>, true>, grid, block, stream, args);
-  } else if (metrics || sizeof(T) == 8) {
-    launch(score<PlainRow<T>, true>, grid, block, stream, args);
-  } else if constexpr (sizeof(T) != 8) {
-    launch(score<PlainRow<T>, false>, grid, block, stream, args);
+  if constexpr (sizeof(T) != 8) {
+    if (is_plain(args.rows.transform, args.rows.bias)) {
+      return launch(metrics ? score<PlainRow<T>, true> : score<PlainRow<T>, false>, grid, block,
+                    stream, args);
+    }
   }
+  launch(score<TransformedRow<T>, true>, grid, block, stream, args);  // rare: one for all metrics
 }
 
 template <typename T>
 void differentiate_as(const GradientArgs& args, Stream stream) {
   const dim3 grid(static_cast<unsigned>(args.rows.n)), block(threads_for(args.rows, sizeof(T)));
-  if (is_plain(args.rows.transform, args.rows.bias)) {
-    launch(differentiate<PlainRow<T>>, grid, block, stream, args);
-  } else {
-    launch(differentiate<TransformedRow<T>>, grid, block, stream, args);
+  if constexpr (sizeof(T) != 8) {
+    if (is_plain(args.rows.transform, args.rows.bias)) {
+      return launch(differentiate<PlainRow<T>>, grid, block, stream, args);
+    }
   }
+  launch(differentiate<TransformedRow<T>>, grid, block, stream, args);
 }
 
 }  // namespace
