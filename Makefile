@@ -22,6 +22,8 @@ CPP := $(shell find csrc tests/cpp tests/cuda_host -name '*.h' -o -name '*.cpp' 
 
 # make and CI never want the silent fallback to plain torch.
 export FUSEDPO_NATIVE ?= require
+# Few architectures compile quickly: the GPU's that is here, else two. (Installing has them all.)
+export FUSEDPO_CUDA_ARCHS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo native || echo '80-real;90-real')
 
 .PHONY: help demo test lint sanitize cuda cuda-host cuda-host-ops clean
 
