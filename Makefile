@@ -19,12 +19,14 @@ BUILD_TOOLS := "scikit-build-core>=1.0" "pybind11>=3.0" "cmake>=3.25" ninja
 # Everything that ends in the installed package.
 INSTALLED := pyproject.toml CMakeLists.txt \
   $(shell find build_backend cmake csrc python -type f -not -path '*/__pycache__/*')
-CPP := $(shell find csrc tests/cpp tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp tests/cuda_host tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # make and CI never want the silent fallback to plain torch.
 export FUSEDPO_NATIVE ?= require
+# Few architectures compile quickly: the GPU's that is here, else two. (Installing has them all.)
+export FUSEDPO_CUDA_ARCHS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo native || echo '80-real;90-real')
 
-.PHONY: help demo test lint sanitize cuda cuda-host-ops tsan fuzz clean
+.PHONY: help demo test lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
@@ -32,6 +34,7 @@ help:
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  GoogleTest under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda      compile the CUDA kernels for every architecture of a release and check them'
+	@echo 'make cuda-host the CUDA kernels on the CPU, checked; planted faults must fail their tests'
 	@echo 'make cuda-host-ops  the operators'"'"' tests over CUDA operators with emulated kernels'
 	@echo 'make tsan      readers, writers and merges of the store under the thread sanitizer'
 	@echo 'make fuzz      libFuzzer on the readers of the store, for FUZZ_SECONDS (Clang only)'
@@ -56,6 +59,9 @@ sanitize: $(STAMPS)/tools
 
 cuda: $(STAMPS)/tools
 	scripts/check_cuda_build.sh $(VENV) build/cuda
+
+cuda-host: $(STAMPS)/tools
+	scripts/test_cuda_host.sh $(VENV)
 
 cuda-host-ops: $(STAMPS)/test
 	scripts/test_cuda_host_ops.sh $(VENV)

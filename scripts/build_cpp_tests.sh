@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# build_cpp_tests.sh VENV FOLDER [CMake argument...]: builds FOLDER/tests/cpp/fusedpo_test, or the
-# target that FUSEDPO_TARGET names.
+# build_cpp_tests.sh VENV FOLDER [CMake argument...]: builds FOLDER/tests/cpp/fusedpo_test and all else,
+# or the targets that FUSEDPO_TARGETS names.
 #
 # GoogleTest is the system's if it is there, else comes through apt-get where that is allowed, else
 # CMake downloads it, else one line says what to install.
@@ -41,4 +41,5 @@ if ! configure -DFUSEDPO_DOWNLOAD_GTEST=OFF "$@"; then
     }
   fi
 fi
-"$cmake" --build "$folder" --target "${FUSEDPO_TARGET:-all}"
+read -r -a targets <<< "${FUSEDPO_TARGETS:-all}"
+"$cmake" --build "$folder" --target "${targets[@]}"

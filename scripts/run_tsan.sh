@@ -2,7 +2,7 @@
 # run_tsan.sh VENV: readers, writers and merges of one store under the thread sanitizer.
 set -euo pipefail
 venv=$1
-FUSEDPO_TARGET=store_threads_test scripts/build_cpp_tests.sh "$venv" build/tsan \
+FUSEDPO_TARGETS=store_threads_test scripts/build_cpp_tests.sh "$venv" build/tsan \
   -DFUSEDPO_SANITIZE_THREADS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 test=(build/tsan/tests/cpp/store_threads_test --gtest_brief=1)
 # Kernels that spread addresses wider than the sanitizer expects need fixed ones.

@@ -57,6 +57,13 @@ struct Problem {
   size_t n() const { return cases.size(); }
   const std::vector<double>* bias_or_null() const { return bias.empty() ? nullptr : &bias; }
   const double* exact_or_null(size_t i) const { return exact.empty() ? nullptr : &exact[i]; }
+  // Whether the definitions give numbers, or -inf: a cap makes infinite logits finite, a negative
+  // scale turns masked ones into the largest.
+  bool number(size_t i, const Truth& truth) const {
+    const std::vector<double>& x = cases[i].x;
+    const bool nan = std::any_of(x.begin(), x.end(), [](double v) { return std::isnan(v); });
+    return cases[i].scored && !nan && std::isfinite(truth.max);
+  }
   Truth truth(size_t i) const { return plain<long double>(i); }
   template <typename F>
   Plain<F> plain(size_t i) const {
@@ -144,20 +151,29 @@ class LinearRows : public testing::TestWithParam<DType> {
   const DType type = GetParam();
 };
 
-void expect_row_scores(const Problem& p, const OnDevice& d, const Scored& s,
-                       const std::string& where) {
-  const DType type = p.type;
+// Of rows with ordinary and with large logits.
+std::vector<PlainErrors> plain_errors(const Problem& like, const Transformed& t) {
   std::vector<PlainErrors> errors(2);
-  for (size_t i = 0; i < p.n(); ++i) {
-    if (!p.cases[i].scored || !p.cases[i].number) continue;
-    PlainErrors& e = errors[p.cases[i].large];
-    if (type == DType::f64) {
-      e.include(p.plain<double>(i), p.truth(i));
-    } else {
-      e.include(p.plain<float>(i), p.truth(i));
+  for (unsigned sample = 0; sample < kSamples; ++sample) {
+    const Problem p(like.type, like.vocab, t, !like.exact.empty(), 0, 2000 + sample);
+    for (size_t i = 0; i < p.n(); ++i) {
+      const Truth truth = p.truth(i);
+      if (!p.number(i, truth)) continue;
+      PlainErrors& e = errors[p.cases[i].large];
+      if (p.type == DType::f64) {
+        e.include(p.plain<double>(i), truth);
+      } else {
+        e.include(p.plain<float>(i), truth);
+      }
     }
   }
-  const DeviceArray<double> unused(0);
+  return errors;
+}
+
+void expect_row_scores(const Problem& p, const Transformed& t, const OnDevice& d, const Scored& s,
+                       const std::string& where) {
+  const DType type = p.type;
+  const std::vector<PlainErrors> errors = plain_errors(p, t);
   for (size_t i = 0; i < p.n(); ++i) {
     const RowCase& row = p.cases[i];
     const std::string what = where + ", " + row.name + ": ";
@@ -186,8 +202,7 @@ void expect_row_scores(const Problem& p, const OnDevice& d, const Scored& s,
     const RowResult cpu = cpu_score(type, x.data(), p.vocab, row.label, p.transform, d.view.bias,
                                     p.exact_or_null(i), &cpu_stats);
     const Truth truth = p.truth(i);
-    // A negative scale makes the masked logits the largest: nothing is a number then.
-    if (!row.number || !std::isfinite(truth.max)) {
+    if (!p.number(i, truth)) {
       EXPECT_TRUE(std::isnan(got[0]) && std::isnan(cpu.logp)) << what << got[0] << " " << cpu.logp;
       continue;
     }
@@ -197,10 +212,11 @@ void expect_row_scores(const Problem& p, const OnDevice& d, const Scored& s,
     const PlainErrors& e = errors[row.large];
     const auto near = [&](double value, long double want, double error, double of_cpu,
                           const char* name) {
-      expect_near(type, value, want, allowed(type, error, static_cast<double>(want)), of_cpu, truth,
-                  what + name);
+      expect_near(type, value, want, allowed(type, error, static_cast<double>(want), false), of_cpu,
+                  truth, what + name);
     };
     near(got[0], truth.logp, e.logp, cpu.logp, "logp");
+    EXPECT_GE(got[1], 0.0) << what << "entropy";
     near(got[1], truth.entropy, e.entropy, cpu.entropy, "entropy");
     near(got[2], truth.log_sum_sq_probs, e.log_sum_sq_probs, cpu.log_sum_sq_probs,
          "log_sum_sq_probs");
@@ -238,7 +254,7 @@ void expect_row_gradients(const Problem& p, const OnDevice& d, double scale, Ups
     const bool nothing =
         row.label == kIgnore || (of_row.grad_logp == 0.0 && of_row.grad_entropy == 0.0);
     const Truth truth = p.truth(i);
-    const bool number = row.scored && row.number && std::isfinite(truth.max);
+    const bool number = p.number(i, truth);
     if (number && row.large) continue;
     if (nothing || !number) {
       for (size_t v = 0; v < p.vocab; ++v) {
@@ -285,13 +301,13 @@ TEST_P(LinearRows, ScoresAndGradientsMatchTheDefinitions) {
       OnDevice d(p);
       Scored s(result_of(type), p.positions, p.n());
       score(d, kAllMetrics, true, seed, &s);
-      expect_row_scores(p, d, s, where);
+      expect_row_scores(p, t, d, s, where);
       const auto unit = [&](size_t i) {
         RowGradient g = saved(p, s, i);
         g.grad_logp = 1.0;
         return g;
       };
-      expect_row_gradients(p, d, cuda::unit_scale(type), unit, where + ", unit");
+      expect_row_gradients(p, d, cuda::unit_scale(type, p.transform), unit, where + ", unit");
 
       if (!p.exact.empty()) continue;  // a general gradient has the rounded logits alone
       OnDevice again(p);
@@ -301,7 +317,7 @@ TEST_P(LinearRows, ScoresAndGradientsMatchTheDefinitions) {
       for (size_t at = 0; at < p.positions; at += 4) h[at] = 0.0;
       const TypedArray of_entropy(result_of(type), h);
       const double alpha = rounded(result_of(type), 0.6);
-      const TypedArray factor(result_of(type), {alpha});
+      const TypedArray factor(result_of(type), std::vector<double>{alpha});
       const int wanted = static_cast<int>(seed / 2 % 3);  // logps, entropy, both
       s.entropy.set_written();
       cuda_host::set_seed(seed + 1);
@@ -336,9 +352,9 @@ TEST_P(LinearRows, WideRowsMatchTheDefinitions) {
     OnDevice d(p);
     Scored s(result_of(type), p.positions, p.n());
     score(d, kAllMetrics, true, 2, &s);
-    expect_row_scores(p, d, s, name_of(type));
+    expect_row_scores(p, kTransforms[1], d, s, name_of(type));
     expect_row_gradients(
-        p, d, cuda::unit_scale(type),
+        p, d, cuda::unit_scale(type, p.transform),
         [&](size_t i) {
           RowGradient g = saved(p, s, i);
           g.grad_logp = 1.0;
@@ -400,6 +416,23 @@ TEST_P(LinearRows, WithoutPositionsRowsAreTheirOwn) {
   cuda::label_products(nullptr, type, nullptr, type, 1, 1, 1, null_rows.view, false, nullptr,
                        kStream);
   EXPECT_EQ(log.launches().size(), 0u);
+}
+
+TEST(UnitScale, BringsTheLargestEntriesOfFp16ToAbout1024) {
+  for (const double k : {1e-3, 0.5, 1.0, 1.5, 60.0, 64.0, 1000.0, -200.0}) {
+    for (const double temperature : {1.0, 0.7}) {
+      const double scale = cuda::unit_scale(DType::f16, {k, 0.0, temperature});
+      int exponent = 0;
+      EXPECT_EQ(std::frexp(scale, &exponent), 0.5) << "a power of two";
+      EXPECT_LE(scale, 1024.0);
+      const double largest = scale * std::fabs(k / temperature);
+      EXPECT_LE(largest, 1024.0);
+      EXPECT_TRUE(scale == 1024.0 || largest > 512.0) << k;
+      for (const DType type : {DType::f32, DType::bf16, DType::f64}) {
+        EXPECT_EQ(cuda::unit_scale(type, {k, 0.0, temperature}), 1.0);
+      }
+    }
+  }
 }
 
 // The label's logit from its two vectors, the weight in any type and with any strides.

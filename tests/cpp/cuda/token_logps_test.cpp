@@ -13,20 +13,32 @@ class TokenLogps : public testing::TestWithParam<DType> {
   const DType type = GetParam();
 };
 
+// Of rows with ordinary and with large logits.
+std::vector<PlainErrors> plain_errors(DType type, size_t vocab, double temperature) {
+  const LogitTransform transform{1.0, 0.0, temperature};
+  std::vector<PlainErrors> errors(2);
+  for (unsigned sample = 0; sample < kSamples; ++sample) {
+    for (const RowCase& row : row_cases(type, vocab, 1000 + sample)) {
+      if (!row.scored || !row.number) continue;
+      const auto y = static_cast<size_t>(row.label);
+      const Truth truth(row.x, y, transform);
+      if (type == DType::f64) {
+        errors[row.large].include(Plain<double>(row.x, y, transform), truth);
+      } else {
+        errors[row.large].include(Plain<float>(row.x, y, transform), truth);
+      }
+    }
+  }
+  return errors;
+}
+
 void expect_scores(DType type, const TypedRows& rows, const std::vector<RowCase>& cases,
-                   double temperature, const Scores& got, const std::string& where) {
+                   double temperature, const std::vector<PlainErrors>& errors, const Scores& got,
+                   const std::string& where) {
   const LogitTransform transform{1.0, 0.0, temperature};
   std::vector<Truth> truths;
-  PlainErrors errors[2];  // of rows with ordinary and with large logits
   for (const RowCase& row : cases) {
-    const auto y = static_cast<size_t>(row.scored ? row.label : 0);
-    truths.emplace_back(row.x, y, transform);
-    if (!row.scored || !row.number) continue;
-    if (type == DType::f64) {
-      errors[row.large].include(Plain<double>(row.x, y, transform), truths.back());
-    } else {
-      errors[row.large].include(Plain<float>(row.x, y, transform), truths.back());
-    }
+    truths.emplace_back(row.x, static_cast<size_t>(row.scored ? row.label : 0), transform);
   }
   for (size_t i = 0; i < cases.size(); ++i) {
     const RowCase& row = cases[i];
@@ -65,12 +77,13 @@ void expect_scores(DType type, const TypedRows& rows, const std::vector<RowCase>
     const PlainErrors& e = errors[row.large];
     const auto near = [&](double value, long double want, double error, double of_cpu,
                           const char* name) {
-      expect_near(value, want, allowed(type, error, static_cast<double>(want)), of_cpu,
+      expect_near(type, value, want, allowed(type, error, static_cast<double>(want)), of_cpu, truth,
                   what + name);
     };
     EXPECT_EQ(got.is_top1[i] != 0, truth.is_top1) << what << "is_top1";
     near(got.logps[i], truth.logp, e.logp, cpu.logp, "logp");
     near(got.entropy[i], truth.entropy, e.entropy, cpu.entropy, "entropy");
+    EXPECT_GE(got.entropy[i], 0.0) << what;
     near(got.log_sum_sq_probs[i], truth.log_sum_sq_probs, e.log_sum_sq_probs, cpu.log_sum_sq_probs,
          "log_sum_sq_probs");
     near(got.mean_logits[i], truth.mean, e.mean, cpu.mean_logits, "mean_logits");
@@ -89,13 +102,14 @@ void expect_scores(DType type, const TypedRows& rows, const std::vector<RowCase>
 TEST_P(TokenLogps, ScoresMatchTheDefinitionsInEveryLayout) {
   unsigned seed = 0;
   for (const size_t vocab : kVocabs) {
+    const double temperature = seed % 3 == 0 ? 1.0 : seed % 3 == 1 ? 0.7 : 1.9;
+    const auto errors = plain_errors(type, vocab, temperature);
     for (const Lie lie : kLies) {
       const auto cases = row_cases(type, vocab, ++seed);
       TypedRows rows(type, cases.size(), vocab, lie);
       rows.set(values_of(cases));
-      const double temperature = seed % 3 == 0 ? 1.0 : seed % 3 == 1 ? 0.7 : 1.9;
       const Scores got = score(rows, labels_of(cases), temperature, kAllMetrics, seed);
-      expect_scores(type, rows, cases, temperature, got,
+      expect_scores(type, rows, cases, temperature, errors, got,
                     std::string(name_of(type)) + ", vocab " + std::to_string(vocab) + ", layout " +
                         std::to_string(static_cast<int>(lie)));
     }
