@@ -1,4 +1,4 @@
-"""What runs on a GPU machine, rehearsed without one: benchmarks, sanitizer verdicts, the test group.
+"""What runs on a GPU machine, rehearsed without one: benchmarks, sanitizer, the test group.
 
 Nothing here proves anything about CUDA; it keeps the scripts from rotting between two GPUs.
 """
@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -79,8 +80,12 @@ def test_sanitizer_script_judges_by_what_the_tool_wrote(case, tmp_path):
 
 # ---- benchmarks ---------------------------------------------------------------------------------
 
+NAMES = ("", "_contract", "_losses", "_accuracy", "_trl")
+GROUP = [str(ROOT / "tests" / "python" / f"test_cuda{name}.py") for name in NAMES]
+# One process for all of it: importing TRL takes longer than the rest.
 REHEARSE = """
 import pathlib, sys
+import pytest
 from benchmarks import head, logits, losses, targets
 
 folder = pathlib.Path(sys.argv[1])
@@ -92,6 +97,7 @@ assert logits.main([*logits_options, "--out", str(folder / "logits.json")]) == 0
 losses_options = ["--rehearse", "--quick", "--no-compile"]
 assert losses.main([*losses_options, "--out", str(folder / "losses.json")]) == 0
 assert targets.main([str(folder)]) == 0
+assert pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *sys.argv[2:]]) == 0
 """
 
 
@@ -100,8 +106,13 @@ def rehearsal(tmp_path_factory) -> pathlib.Path:
     pytest.importorskip("trl", reason="one of the peers is TRL's")
     folder = tmp_path_factory.mktemp("rehearsal")
     done = subprocess.run(
-        [sys.executable, "-c", REHEARSE, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", REHEARSE, folder, *GROUP],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "FUSEDPO_TEST_DEVICE": "cpu",
+        },
         cwd=folder,
         capture_output=True,
         text=True,
@@ -177,28 +188,23 @@ def test_targets_are_met_or_missed_by_their_figures():
 # ---- the GPU test group -------------------------------------------------------------------------
 
 
-def collect(**environment: str) -> subprocess.CompletedProcess[str]:
-    files = sorted(str(path) for path in (ROOT / "tests" / "python").glob("test_cuda*.py"))
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files],
-        env={**os.environ, **environment},
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_a_failure_where_one_is_required():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/python/test_cuda.py",
+        ],
+        env={**os.environ, "FUSEDPO_REQUIRE_CUDA": "1", "FUSEDPO_TEST_DEVICE": "cuda"},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
-
-
-def test_a_missing_gpu_is_a_failure_where_one_is_required():
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = collect(FUSEDPO_REQUIRE_CUDA="1", FUSEDPO_TEST_DEVICE="cuda")
     assert done.returncode != 0
     assert "FUSEDPO_REQUIRE_CUDA=1, but: GPU test group: torch finds no CUDA device" in done.stdout
-
-
-def test_the_gpu_test_group_collects():
-    done = collect(FUSEDPO_TEST_DEVICE="cpu")
-    assert done.returncode == 0, done.stdout[-3000:]
