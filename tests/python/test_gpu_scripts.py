@@ -174,12 +174,43 @@ def runs_with(**changes):
     }
 
 
+@pytest.fixture
+def _project(monkeypatch):
+    """`benchmarks` is importable from the project's folder only."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.mark.usefixtures("_project")
+@pytest.mark.parametrize("peer", ["liger_ce", "liger_dpo"])
+def test_scalar_losses_are_verified_by_value_and_gradient(peer):
+    # Liger's losses need a GPU or Triton; the same losses in plain torch stand in for them.
+    from benchmarks import head_cuda_peers as peers
+    from benchmarks.head_peers import exact
+
+    shape = peers.REHEARSAL["llama-3-8b"]
+    p = peers.make_problem(shape, "bf16", "frozen", torch.device("cpu"), 128)
+    truth = exact(p)
+    logits = p.hidden.float() @ p.weight.float().T
+    labels = p.labels.clamp(min=0).unsqueeze(-1)
+    logps = logits.log_softmax(-1).gather(-1, labels).squeeze(-1)
+    if peer == "liger_ce":
+        loss = -logps[p.mask].mean()
+    else:
+        means = logps.masked_fill(~p.mask, 0).sum(1) / p.mask.sum(1)
+        loss = -torch.nn.functional.logsigmoid(
+            peers.BETA * (means[: len(means) // 2] - means[len(means) // 2 :])
+        ).mean()
+    (gradient,) = torch.autograd.grad(loss, p.hidden)
+    right = peers.ScalarAnswer(loss.detach(), gradient, None)
+    assert peers.verify_scalar(peer, p, right, truth)["ok"]
+    for wrong in (right._replace(loss=loss * 1.5), right._replace(grad_hidden=-gradient)):
+        assert not peers.verify_scalar(peer, p, wrong, truth)["ok"]
+
+
+@pytest.mark.usefixtures("_project")
 def test_targets_are_met_or_missed_by_their_figures(capsys):
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import targets
-    finally:
-        sys.path.remove(str(ROOT))
+    from benchmarks import targets
+
     found = targets.rows(runs_with())
     assert all(row["met"] for row in found)
     assert found[2]["floor_measured_ms"] == pytest.approx(20.0)
