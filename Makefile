@@ -1,4 +1,5 @@
-# make demo | test | lint | sanitize | cuda-host-ops | help. Each makes its own virtual environment in .venv.
+# make demo | test | lint | sanitize | cuda | cuda-host-ops | help. Each makes its own virtual
+# environment in .venv.
 #
 #   PYTHON  the Python to use (3.11 or newer, which TRL needs)
 #   TORCH   what to install as torch; it goes first, because fusedpo is compiled against it
@@ -17,18 +18,20 @@ BUILD_TOOLS := "scikit-build-core>=1.0" "pybind11>=3.0" "cmake>=3.25" ninja
 # Everything that ends in the installed package.
 INSTALLED := pyproject.toml CMakeLists.txt \
   $(shell find build_backend cmake csrc python -type f -not -path '*/__pycache__/*')
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # make and CI never want the silent fallback to plain torch.
 export FUSEDPO_NATIVE ?= require
 
-.PHONY: help demo test lint sanitize cuda-host-ops clean
+.PHONY: help demo test lint sanitize cuda cuda-host cuda-host-ops clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
 	@echo 'make test      pytest and GoogleTest'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  GoogleTest under the address and undefined-behaviour sanitizers'
+	@echo 'make cuda      compile the CUDA kernels for every architecture of a release and check them'
+	@echo 'make cuda-host the CUDA kernels on the CPU, checked; planted faults must fail their tests'
 	@echo 'make cuda-host-ops  the operators'"'"' tests over CUDA operators with emulated kernels'
 	@echo 'make clean     remove .venv and build/'
 	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) TEST_ARGS=$(TEST_ARGS)'
@@ -48,6 +51,12 @@ lint: $(STAMPS)/dev
 sanitize: $(STAMPS)/tools
 	scripts/build_cpp_tests.sh $(VENV) build/sanitize -DFUSEDPO_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	build/sanitize/tests/cpp/fusedpo_test --gtest_brief=1
+
+cuda: $(STAMPS)/tools
+	scripts/check_cuda_build.sh $(VENV) build/cuda
+
+cuda-host: $(STAMPS)/tools
+	scripts/test_cuda_host.sh $(VENV)
 
 cuda-host-ops: $(STAMPS)/test
 	scripts/test_cuda_host_ops.sh $(VENV)

@@ -40,4 +40,6 @@ if ! configure -DFUSEDPO_DOWNLOAD_GTEST=OFF "$@"; then
     }
   fi
 fi
-"$cmake" --build "$folder"
+# FUSEDPO_TARGETS: what to build, all if unset.
+read -r -a targets <<< "${FUSEDPO_TARGETS:-all}"
+"$cmake" --build "$folder" --target "${targets[@]}"

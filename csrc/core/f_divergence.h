@@ -14,7 +14,8 @@ FUSEDPO_HD FUSEDPO_OUTLINED inline double js_score(double r) {
   return r < 0.0 ? r - std::log1p(0.5 * std::expm1(r)) : -std::log1p(0.5 * std::expm1(-r));
 }
 
-FUSEDPO_HD FUSEDPO_OUTLINED inline Term f_score(FDivergence divergence, double alpha, double r, double cap) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline Term f_score(FDivergence divergence, double alpha, double r,
+                                                double cap) {
   switch (divergence) {
     case FDivergence::kForwardKl:
       return scaled_expm1(r, -1.0, cap);  // 1 - e^-r

@@ -100,8 +100,8 @@ FUSEDPO_HD T* sorted_slopes(unsigned needs, T* gradients, int64_t count) {
 // What a list of losses asks for as a whole.
 struct ListTraits {
   bool with_reference = false, uses_nll = false;
-  unsigned sorted = 0;                     // SortedLoss bits
-  double sorted_weight[2] = {0.0, 0.0};    // of kSortedAot and kSortedAotUnpaired
+  unsigned sorted = 0;                   // SortedLoss bits
+  double sorted_weight[2] = {0.0, 0.0};  // of kSortedAot and kSortedAotUnpaired
 
   FUSEDPO_HD ListTraits(const LossItem* items, int count) {
     for (int k = 0; k < count; ++k) {
@@ -147,8 +147,8 @@ FUSEDPO_HD double evaluate_pair(const LossItem* items, int count, const ListTrai
                                 double sorted_sum, const InputRows<T>& gradients, int64_t i,
                                 const PairResults<T>& out) {
   const PairInput policy{static_cast<double>(batch.chosen[i]),
-                         static_cast<double>(batch.rejected[i]),
-                         length_of(batch.chosen_lengths, i), length_of(batch.rejected_lengths, i)};
+                         static_cast<double>(batch.rejected[i]), length_of(batch.chosen_lengths, i),
+                         length_of(batch.rejected_lengths, i)};
   PairInput ratio = policy;
   if (traits.with_reference) {
     ratio.chosen -= static_cast<double>(batch.ref_chosen[i]);

@@ -179,7 +179,8 @@ FUSEDPO_HD inline Term sorted_loss(double d, const PairOptions& o) {
 
 // Value and derivatives of one loss, without its chosen_nll term: that is linear, and the caller
 // adds it (so sft, which is nothing else, is 0 here). Not for the losses that sort the batch.
-FUSEDPO_HD FUSEDPO_OUTLINED inline PairTerm pair_loss(PairLoss loss, const PairInput& in, const PairOptions& o) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline PairTerm pair_loss(PairLoss loss, const PairInput& in,
+                                                      const PairOptions& o) {
   const double b = o.beta;
   const Term chosen{in.chosen, 1.0}, rejected{in.rejected, 1.0};
   const Term mean_chosen{in.chosen / in.chosen_length, 1.0 / in.chosen_length};
@@ -240,7 +241,8 @@ FUSEDPO_HD FUSEDPO_OUTLINED inline PairTerm pair_loss(PairLoss loss, const PairI
 
 // The reward that is reported for one completion when `loss` is the only one: beta times the
 // log-ratio, or for a reference-free loss what its own trainer reports.
-FUSEDPO_HD FUSEDPO_OUTLINED inline double reward(PairLoss loss, double logp, double length, const PairOptions& o) {
+FUSEDPO_HD FUSEDPO_OUTLINED inline double reward(PairLoss loss, double logp, double length,
+                                                 const PairOptions& o) {
   switch (loss) {
     case PairLoss::kCpoIpo:
     case PairLoss::kSimpo:

@@ -64,8 +64,8 @@ void evaluate_pairs(const std::vector<LossItem>& items, const PairOptions& optio
   double total = 0.0;
   for (int64_t i = 0; i < batch.count; ++i) {
     const double sorted_sum = sorted_sums.empty() ? 0.0 : sorted_sums[static_cast<size_t>(i)];
-    total += evaluate_pair(items.data(), count, traits, options, batch, sorted_sum, gradients, i,
-                           out);
+    total +=
+        evaluate_pair(items.data(), count, traits, options, batch, sorted_sum, gradients, i, out);
   }
   *out.total = static_cast<T>(scale * total);
 }
@@ -77,7 +77,8 @@ void evaluate_unpaired(UnpairedLoss loss, const UnpairedOptions& options, int64_
   const InputRows<T> rows(needs, gradients, count);
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) {
-    sum += evaluate_completion(loss, options, logps, ref_logps, desirable, rows, i, losses, rewards);
+    sum +=
+        evaluate_completion(loss, options, logps, ref_logps, desirable, rows, i, losses, rewards);
   }
   *total = static_cast<T>(scale * sum);
 }

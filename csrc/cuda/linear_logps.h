@@ -6,16 +6,24 @@
 //
 // D does not depend on the loss. It takes x's place in memory in the compute type, and then
 // d logp / d X = D W and d loss / d W = D^T diag(c) X are plain GEMMs. Entries are stored times
-// unit_scale(type): fp16 would lose the small ones.
+// unit_scale: fp16 would lose the small ones.
 #pragma once
+
+#include <cmath>
 
 #include "core/logit_row.h"
 #include "cuda/token_logps.h"
 
 namespace fusedpo::cuda {
 
-// What D is multiplied by when stored; a power of two.
-constexpr double unit_scale(DType compute) { return compute == DType::f16 ? 1024.0 : 1.0; }
+// What D is multiplied by when stored: a power of two that brings its largest entries, of size k,
+// to about 1024 in fp16.
+inline double unit_scale(DType compute, const LogitTransform& f) {
+  if (compute != DType::f16) return 1.0;
+  double scale = 1024.0;
+  for (double k = std::fabs(f.scale / f.temperature); k > 1.0; k /= 2.0) scale /= 2.0;
+  return scale;
+}
 
 // Scored rows of x and their labels.
 struct LogitRows {

@@ -88,7 +88,8 @@ struct UnpairedArgs {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) completions(const __grid_constant__ UnpairedArgs<T> args) {
+__global__ void __launch_bounds__(kThreads)
+    completions(const __grid_constant__ UnpairedArgs<T> args) {
   UnpairedOptions options = args.options;
   if (args.shift_value != nullptr) options = with_shift(options, *args.shift_value);
   const InputRows<T> gradients(args.needs, args.gradients, args.count);
@@ -145,9 +146,8 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Backwa
   }
 }
 
-__global__ void __launch_bounds__(kThreads) find_empty(const int64_t* chosen,
-                                                       const int64_t* rejected, int64_t count,
-                                                       int* flag) {
+__global__ void __launch_bounds__(kThreads)
+    find_empty(const int64_t* chosen, const int64_t* rejected, int64_t count, int* flag) {
   int empty = 0;
   for_each(count, [&](int64_t i) { empty |= chosen[i] < 1 || rejected[i] < 1 ? 1 : 0; });
   empty = __syncthreads_or(empty);
@@ -184,17 +184,17 @@ void scale_gradients(const GradientScale<T>& in, const T* grad_loss, T* const (&
 
 void find_empty_completion(const int64_t* chosen_lengths, const int64_t* rejected_lengths,
                            int64_t count, int* flag, Stream stream) {
-  launch(find_empty, dim3(1), dim3(kThreads), stream, chosen_lengths, rejected_lengths, count, flag);
+  launch(find_empty, dim3(1), dim3(kThreads), stream, chosen_lengths, rejected_lengths, count,
+         flag);
 }
 
-#define FUSEDPO_INSTANTIATE(T)                                                                    \
-  template void evaluate_pairs<T>(const LossList&, const PairOptions&, const PairBatch<T>&,       \
-                                  double, unsigned, const PairResults<T>&, double*, Stream);      \
-  template void evaluate_unpaired<T>(UnpairedLoss, const UnpairedOptions&, int64_t, const T*,     \
-                                     const T*, const bool*, const T*, double, unsigned, T*, T*,   \
-                                     T*, T*, Stream);                                             \
-  template void scale_gradients<T>(const GradientScale<T>&, const T*, T* const(&)[kInputs],       \
-                                   Stream);
+#define FUSEDPO_INSTANTIATE(T)                                                                  \
+  template void evaluate_pairs<T>(const LossList&, const PairOptions&, const PairBatch<T>&,     \
+                                  double, unsigned, const PairResults<T>&, double*, Stream);    \
+  template void evaluate_unpaired<T>(UnpairedLoss, const UnpairedOptions&, int64_t, const T*,   \
+                                     const T*, const bool*, const T*, double, unsigned, T*, T*, \
+                                     T*, T*, Stream);                                           \
+  template void scale_gradients<T>(const GradientScale<T>&, const T*, T* const(&)[kInputs], Stream);
 FUSEDPO_INSTANTIATE(float)
 FUSEDPO_INSTANTIATE(double)
 #undef FUSEDPO_INSTANTIATE

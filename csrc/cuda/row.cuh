@@ -37,7 +37,8 @@ constexpr int kPerVector = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 __device__ inline void unpack(const Words& words, float (&x)[8]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) unpack(words.w[i], static_cast<T*>(nullptr), &x[2 * i], &x[2 * i + 1]);
+  for (int i = 0; i < 4; ++i)
+    unpack(words.w[i], static_cast<T*>(nullptr), &x[2 * i], &x[2 * i + 1]);
 }
 
 template <typename T>
@@ -127,9 +128,9 @@ struct RowSplit {
   __device__ int begin_of(int vector) const { return head + vector * kPerVector<T>; }
 };
 
-// Which vectors a thread takes. A batch of a warp is kBatch runs of 32 neighbouring vectors, one for
-// each lane; warps take batches in turn. `vector` is a thread's first one of a batch, and the others
-// follow at steps of 32.
+// Which vectors a thread takes. A batch of a warp is kBatch runs of 32 neighbouring vectors, one
+// for each lane; warps take batches in turn. `vector` is a thread's first one of a batch, and the
+// others follow at steps of 32.
 template <int kBatch>
 struct Batches {
   static constexpr int kVectors = kBatch * static_cast<int>(kWarpSize);
@@ -149,8 +150,8 @@ struct Batches {
 
 // ---- two kinds of rows ----------------------------------------------------------
 
-// Logits of this many bits are so far apart that the softmax has room for equal ones only: there any
-// `bits` gives the same, and kFewBits, a power of two, keeps products in range.
+// Logits of this many bits are so far apart that the softmax has room for equal ones only: there
+// any `bits` gives the same, and kFewBits, a power of two, keeps products in range.
 template <typename C>
 constexpr double kExtremeBits = sizeof(C) == 4 ? 0x1p96 : 0x1p1020;
 template <typename C>
@@ -169,15 +170,16 @@ struct PlainRow {
   static constexpr int kBatch = sizeof(T) == 8 ? 2 : 4;  // vectors that a thread has in flight
 
   const T* data;
-  double inner;  // z per u, positive
-  C bits;        // per u
+  const LogitTransform& f;
+  C bits;  // per u
 
-  __device__ PlainRow(const T* data_, const LogitTransform& f, const void*)
-      : data(data_), inner(f.scale / f.temperature), bits(static_cast<C>(inner * kLog2e)) {}
+  __device__ PlainRow(const T* data_, const LogitTransform& f_, const void*)
+      : data(data_), f(f_), bits(static_cast<C>(inner() * kLog2e)) {}
 
+  __device__ double inner() const { return f.scale / f.temperature; }  // z per u, positive
   __device__ C u(C x, int) const { return x; }
   // d z / d x where tanh' = 1, and what the factor tanh' is elsewhere.
-  __device__ double slope() const { return inner; }
+  __device__ double slope() const { return inner(); }
   __device__ C relative_slope(C) const { return 1; }
   __device__ double bias_at(int) const { return 0.0; }
 };
@@ -204,49 +206,55 @@ struct TransformedRow {
   using Value = T;
   using C = Compute<T>;
   static constexpr bool kPlain = false;
-  static constexpr int kBatch = 2;
-  static constexpr double inner = 1.0;
+  static constexpr int kBatch = 1;  // bound by arithmetic
 
   const T* data;
+  const LogitTransform& f;
   const C* bias;  // by column, or null
   bool capped;
   C scale, cap, u_to_tanh, bits;
-  double slope_;
 
-  __device__ TransformedRow(const T* data_, const LogitTransform& f, const void* bias_)
+  __device__ TransformedRow(const T* data_, const LogitTransform& f_, const void* bias_)
       : data(data_),
+        f(f_),
         bias(static_cast<const C*>(bias_)),
         capped(f.softcap > 0.0),
         scale(static_cast<C>(f.scale / (capped ? f.softcap : f.temperature))),
         cap(static_cast<C>(capped ? f.softcap / f.temperature : 0.0)),
         u_to_tanh(static_cast<C>(capped ? f.temperature / f.softcap : 0.0)),
-        bits(static_cast<C>(kLog2e)),
-        slope_(f.scale / f.temperature) {}
+        bits(static_cast<C>(kLog2e)) {}
 
+  __device__ double inner() const { return 1.0; }
   __device__ C u(C x, int v) const {
     const C in = scale * (bias == nullptr ? x : x + bias[v]);
     return capped ? cap * tanh_of(in) : in;
   }
-  __device__ double slope() const { return slope_; }
+  __device__ double slope() const { return f.scale / f.temperature; }
   __device__ C relative_slope(C u) const {
     const C t = u * u_to_tanh;
-    return (1 - t) * (1 + t);
+    return capped ? (1 - t) * (1 + t) : C(1);  // without a cap u may be infinite
   }
   __device__ double bias_at(int v) const {
     return bias == nullptr ? 0.0 : static_cast<double>(bias[v]);
   }
 };
 
-// The label's z in fp64, and 1 - tanh^2 there, from x with its bias.
+// The label's z in fp64, and 1 - tanh^2 there.
 struct LabelLogit {
   double z, relative_slope;
 };
 
-__device__ FUSEDPO_OUTLINED inline LabelLogit label_logit(double x, double scale, double softcap,
+__device__ FUSEDPO_OUTLINED inline LabelLogit transformed(double x, double scale, double softcap,
                                                           double temperature) {
   if (!(softcap > 0.0)) return {scale * x / temperature, 1.0};
   const double t = tanh(scale * x / softcap);
   return {softcap * t / temperature, (1.0 - t) * (1.0 + t)};
+}
+
+// From the label's x without bias.
+template <typename Row>
+__device__ inline LabelLogit label_logit(const Row& row, int label, double x) {
+  return transformed(x + row.bias_at(label), row.f.scale, row.f.softcap, row.f.temperature);
 }
 
 template <typename Row>

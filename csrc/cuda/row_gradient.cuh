@@ -22,11 +22,11 @@ struct RowCoefficients {
 
 // `bits` per nat; k = scale / temperature, times whatever the caller wants; label_z: used where the
 // entropy has a gradient.
-__device__ FUSEDPO_OUTLINED inline RowCoefficients row_coefficients(const RowGradient& g,
-                                                                    double bits, double k,
-                                                                    double label_z,
-                                                                    double relative_slope) {
-  RowCoefficients c;
+__device__ FUSEDPO_OUTLINED inline void find_coefficients(const RowGradient& g, double bits,
+                                                          double k, double label_z,
+                                                          double relative_slope,
+                                                          RowCoefficients* out) {
+  RowCoefficients& c = *out;
   c.bits = bits;
   c.anchor = std::ceil(g.max * bits);
   const double below = g.max * bits - c.anchor;
@@ -36,13 +36,11 @@ __device__ FUSEDPO_OUTLINED inline RowCoefficients row_coefficients(const RowGra
   double at_label = g.grad_logp * g.rest_share;
   if (g.grad_entropy != 0.0) {
     // max is rounded: near p = 1 that would be all there is.
-    const double logp =
-        g.rest_share < 0.5 ? log1p(-g.rest_share) : label_z - g.max - g.log_sum;
+    const double logp = g.rest_share < 0.5 ? log1p(-g.rest_share) : label_z - g.max - g.log_sum;
     const double p = exp(logp);
     at_label -= p == 0.0 ? 0.0 : g.grad_entropy * p * (logp + g.entropy);
   }
   c.at_label = k * relative_slope * at_label;
-  return c;
 }
 
 // The same in the compute type.
@@ -81,7 +79,8 @@ __device__ inline void write_row(const Row& row, const RowSplit<typename Row::Va
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       words[b] = Words{};
-      if (vector + 32 * b < split.vectors) words[b] = load_words_last(row.data + begin + 32 * b * kPer);
+      if (vector + 32 * b < split.vectors)
+        words[b] = load_words_last(row.data + begin + 32 * b * kPer);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -107,32 +106,28 @@ __device__ inline void write_row(const Row& row, const RowSplit<typename Row::Va
   }
 }
 
-// d loss / d x times `scale` to `out`, which may be the row. Every thread of the block calls it; g
-// and relative_slope (1 - tanh^2 at the label) count in thread 0 only.
+// d loss / d x times `scale` to `out`, which may be the row. Every thread of the block calls it; g,
+// which is shared, and relative_slope (1 - tanh^2 at the label) are thread 0's.
 template <typename Row, bool kMayHaveEntropy>
-__device__ inline void write_gradient(const Row& row, int cols, int label, const LogitTransform& f,
-                                      const RowGradient& g, double relative_slope, double scale,
+__device__ inline void write_gradient(const Row& row, int cols, int label, const RowGradient& g,
+                                      double relative_slope, double scale,
                                       typename Row::Value* out) {
   using C = typename Row::C;
-  __shared__ Slopes<C> shared;
-  C at_label = 0;
+  __shared__ RowCoefficients shared;
   if (threadIdx.x == 0) {
-    const double per_u = static_cast<double>(row.bits);
-    const bool extreme = is_extreme<C>(g.max / row.inner, per_u);
-    const double bits = (extreme ? kFewBits<C> : per_u) / row.inner;
+    const double inner = row.inner(), per_u = static_cast<double>(row.bits);
+    const bool extreme = is_extreme<C>(g.max / inner, per_u);
     double z = 0.0;
-    if (g.grad_entropy != 0.0) {
-      z = label_logit(static_cast<double>(to_float(row.data[label])) + row.bias_at(label), f.scale,
-                      f.softcap, f.temperature)
-              .z;
+    if (kMayHaveEntropy && g.grad_entropy != 0.0) {
+      z = label_logit(row, label, static_cast<double>(to_float(row.data[label]))).z;
     }
-    const RowCoefficients c = row_coefficients(g, bits, scale * row.slope(), z, relative_slope);
-    shared = {static_cast<C>(c.bits * row.inner), static_cast<C>(c.anchor),
-              static_cast<C>(c.constant), static_cast<C>(c.linear)};
-    at_label = static_cast<C>(c.at_label);
+    find_coefficients(g, (extreme ? kFewBits<C> : per_u) / inner, scale * row.slope(), z,
+                      relative_slope, &shared);
+    shared.bits *= inner;
   }
   __syncthreads();
-  const Slopes<C> c = shared;
+  const Slopes<C> c{static_cast<C>(shared.bits), static_cast<C>(shared.anchor),
+                    static_cast<C>(shared.constant), static_cast<C>(shared.linear)};
   const RowSplit<typename Row::Value> split(row.data, cols);
   if (kMayHaveEntropy && c.linear != C(0)) {
     write_row<Row, true>(row, split, c, out);
@@ -140,14 +135,15 @@ __device__ inline void write_gradient(const Row& row, int cols, int label, const
     write_row<Row, false>(row, split, c, out);
   }
   __syncthreads();  // the label's entry is written twice
-  if (threadIdx.x == 0) store_value(out + label, at_label);
+  if (threadIdx.x == 0) store_value(out + label, static_cast<C>(shared.at_label));
 }
 
 // A row of zeros.
 template <typename T>
 __device__ inline void write_zeros(T* out, int cols) {
   const RowSplit<T> split(out, cols);
-  for (int i = static_cast<int>(threadIdx.x); i < split.vectors; i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < split.vectors;
+       i += static_cast<int>(blockDim.x)) {
     store_words(out + split.begin_of(i), Words{});
   }
   const int single = single_of(split, -1);

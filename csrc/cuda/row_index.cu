@@ -13,9 +13,9 @@ constexpr unsigned kWarps = kThreads / kWarpSize;
 
 // Every warp takes a share of the positions: it counts, learns how many warps before it have
 // counted, then numbers its own.
-__global__ void __launch_bounds__(kThreads) number_rows(const int64_t* labels, int64_t count,
-                                                        int64_t vocab, int64_t ignore_index,
-                                                        KeptRowsOut out) {
+__global__ void __launch_bounds__(kThreads)
+    number_rows(const int64_t* labels, int64_t count, int64_t vocab, int64_t ignore_index,
+                KeptRowsOut out) {
   __shared__ int64_t counts[kWarps], invalid[kWarps];
   const int64_t share = (count + kThreads - 1) / kThreads * kWarpSize;
   const int64_t begin = warp_id() * share;
@@ -56,9 +56,8 @@ __global__ void __launch_bounds__(kThreads) number_rows(const int64_t* labels, i
 }
 
 template <typename R>
-__global__ void __launch_bounds__(kThreads) scale_of_gradients(const void* c, const void* h,
-                                                               const int64_t* rows, int64_t n,
-                                                               R* out) {
+__global__ void __launch_bounds__(kThreads)
+    scale_of_gradients(const void* c, const void* h, const int64_t* rows, int64_t n, R* out) {
   __shared__ double maxima[kWarps];
   double most = 0.0;  // infinity once a value is not finite
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {

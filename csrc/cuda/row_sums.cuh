@@ -22,13 +22,13 @@ constexpr C kNoAnchor = static_cast<C>(-2.0 * kExtremeBits<C>);
 // What a thread, a warp, then the block has seen of a row, the label left out.
 template <typename C>
 struct RowSums {
-  C anchor;               // a whole number
-  C max = -INFINITY;      // largest u
-  int first = -1;         // where the first batch in which the thread saw it begins
-  double rest = 0.0;      // sum 2^t, t = u bits - anchor
-  double rest_t = 0.0;    // sum 2^t t
-  double rest_sq = 0.0;   // sum 2^2t
-  double sum = 0.0;       // sum u
+  C anchor;              // a whole number
+  C max = -INFINITY;     // largest u
+  int first = -1;        // where the first batch in which the thread saw it begins
+  double rest = 0.0;     // sum 2^t, t = u bits - anchor
+  double rest_t = 0.0;   // sum 2^t t
+  double rest_sq = 0.0;  // sum 2^2t
+  double sum = 0.0;      // sum u
 
   __device__ explicit RowSums(C anchor_ = 0) : anchor(anchor_) {}
 
@@ -83,7 +83,8 @@ struct Batch {
   __device__ int begin(int b) const { return split.begin_of(vector + 32 * b); }
 };
 
-// kAll: every vector is wanted.
+// kAll: every vector is wanted. Rows that are not plain are bound by their arithmetic, and go
+// without this second copy of it.
 template <typename Row, bool kMetrics, bool kAll>
 __device__ inline void add_batch(const Row& row, const Words (&words)[Row::kBatch],
                                  const Batch<Row>& batch, RowSums<typename Row::C>* s) {
@@ -178,9 +179,12 @@ __device__ inline void sum_thread(const Row& row, const RowSplit<typename Row::V
   const int label_batch = Plan::own_batch(label_vector);
   Batch<Row> batch{split, Plan::first(), label_vector};
   const T* from = row.data + split.begin_of(batch.vector);
+#pragma unroll 1
   for (; batch.vector < split.vectors; batch.vector += Plan::step()) {
     Words words[kBatch];
-    if (batch.vector + 32 * (kBatch - 1) < split.vectors && batch.vector != label_batch) {
+    const bool all =
+        batch.vector + 32 * (kBatch - 1) < split.vectors && batch.vector != label_batch;
+    if (Row::kPlain && all) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const T* const at = from + b * 32 * kPerVector<T>;
@@ -291,15 +295,16 @@ __device__ FUSEDPO_OUTLINED inline void finish_sums(double anchor, double max_u,
 }
 
 // Reads a row; `score` is shared and written by thread 0. Every thread of the block calls it.
-// `exact`: the label's x in higher precision, or null.
-template <typename Row, bool kMetrics, bool kLast>
-__device__ inline void score_row(Row row, int cols, int label, const LogitTransform& f,
-                                 const double* exact, RowScore* score) {
+// label_value(x) is the label's x in higher precision than the row's.
+template <typename Row, bool kMetrics, bool kLast, typename LabelValue>
+__device__ inline void score_row(Row row, int cols, int label, LabelValue label_value,
+                                 RowScore* score) {
   using C = typename Row::C;
   const RowSplit<typename Row::Value> split(row.data, cols);
   const C label_x = static_cast<C>(to_float(row.data[label])), label_u = row.u(label_x, label);
   RowSums<C> s{};
   C own_max = 0;
+#pragma unroll 1
   for (int attempt = 0; attempt < 2; ++attempt) {
     const C label_bits = label_u * row.bits;
     const bool usable = label_bits > kNoAnchor<C> && label_bits < -kNoAnchor<C>;
@@ -314,16 +319,15 @@ __device__ inline void score_row(Row row, int cols, int label, const LogitTransf
   // Nothing stands before the first value: there even -inf, or NaN as in torch, is a maximum.
   bool beaten = s.max > label_u || (label > 0 && !(label_u > -INFINITY));
   if (s.max == label_u && !beaten) {  // the same for the whole block
-    beaten = __syncthreads_or(own_max == s.max &&
-                              tie_before(row, split, label, label_u, s.first)) != 0;
+    beaten =
+        __syncthreads_or(own_max == s.max && tie_before(row, split, label, label_u, s.first)) != 0;
   }
   if (threadIdx.x != 0) return;
-  const double x = exact == nullptr ? static_cast<double>(label_x) : *exact;
-  const LabelLogit of_label =
-      label_logit(x + row.bias_at(label), f.scale, f.softcap, f.temperature);
+  const double inner = row.inner();
+  const LabelLogit of_label = label_logit(row, label, label_value(static_cast<double>(label_x)));
   score->relative_slope = of_label.relative_slope;
   finish_sums(s.anchor, s.max, s.rest, s.rest_t, s.rest_sq, s.sum + static_cast<double>(label_u),
-              static_cast<double>(row.bits) / row.inner, row.inner, of_label.z, beaten, cols,
+              static_cast<double>(row.bits) / inner, inner, of_label.z, beaten, cols,
               &score->result);
 }
 

@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) move(const __grid_constant__ Move ar
   if (args.c != nullptr) factor = static_cast<C>(value_at<C>(args.c, at, 1.0));
   factor *= static_cast<C>(value_at<C>(args.alpha, 0, 1.0));
 
-  const From* const from = static_cast<const From*>(args.from.data) + args.from.layout.offset(source);
+  const From* const from =
+      static_cast<const From*>(args.from.data) + args.from.layout.offset(source);
   const auto convert = [&](From x) {
     To out;
     from_float(factor * through_type(static_cast<C>(to_float(x)), args.through), &out);
@@ -119,8 +120,8 @@ RowsView dense_rows(const void* data, DType type, int64_t n, int64_t cols) {
 }
 
 template <typename R>
-__global__ void __launch_bounds__(kThreads) add(R* sum, const R* x, const void* alpha,
-                                                int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    add(R* sum, const R* x, const void* alpha, int64_t count) {
   constexpr int kPer = kPerVector<R>;
   const R factor = static_cast<R>(value_at<R>(alpha, 0, 1.0));
   const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x;

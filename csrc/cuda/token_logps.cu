@@ -29,7 +29,8 @@ __device__ void store_row(const ForwardArgs& args, int64_t position, const RowRe
 
 // Grid: one block for each row, which it reads once.
 template <typename T, bool kMetrics>
-__global__ void __launch_bounds__(kThreads, kBlocks) score(const __grid_constant__ ForwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    score(const __grid_constant__ ForwardArgs args) {
   using R = Compute<T>;
   const int64_t position = blockIdx.x;
   const int64_t label = args.labels[position];
@@ -42,8 +43,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) score(const __grid_constant
   const LogitTransform f{1.0, 0.0, args.temperature};
   const PlainRow<T> row(data, f, nullptr);
   __shared__ RowScore s;
-  score_row<PlainRow<T>, kMetrics, true>(row, static_cast<int>(args.logits.cols),
-                                         static_cast<int>(label), f, nullptr, &s);
+  score_row<PlainRow<T>, kMetrics, true>(
+      row, static_cast<int>(args.logits.cols), static_cast<int>(label), [](double x) { return x; },
+      &s);
   if (threadIdx.x == 0) store_row<R>(args, position, s.result);
 }
 
@@ -58,28 +60,34 @@ struct BackwardArgs {
 // Grid: one block for each row: one read and one write, or, where nothing comes from upstream, one
 // write.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) differentiate(const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    differentiate(const __grid_constant__ BackwardArgs args) {
   using R = Compute<T>;
   const int64_t position = blockIdx.x;
   const int64_t label = args.labels[position];
   const int cols = static_cast<int>(args.logits.cols);
   T* const out = static_cast<T*>(args.out.data) + args.out.layout.offset(position);
-  RowGradient g{};
-  g.grad_logp = value_at<R>(args.grad_logps, position, 0.0);
-  g.grad_entropy = value_at<R>(args.grad_entropy, position, 0.0);
-  if (label == args.ignore_index || (g.grad_logp == 0.0 && g.grad_entropy == 0.0)) {
+  const double grad_logp = value_at<R>(args.grad_logps, position, 0.0);
+  const double grad_entropy = value_at<R>(args.grad_entropy, position, 0.0);
+  if (label == args.ignore_index || (grad_logp == 0.0 && grad_entropy == 0.0)) {
     write_zeros(out, cols);
     return;
   }
-  g.max = value_at<R>(args.stats, 3 * position, 0.0);
-  g.log_sum = value_at<R>(args.stats, 3 * position + 1, 0.0);
-  g.rest_share = value_at<R>(args.stats, 3 * position + 2, 0.0);
-  g.entropy = value_at<R>(args.entropy, position, 0.0);
+  __shared__ RowGradient g;
+  if (threadIdx.x == 0) {
+    g = {value_at<R>(args.stats, 3 * position, 0.0),
+         value_at<R>(args.stats, 3 * position + 1, 0.0),
+         value_at<R>(args.stats, 3 * position + 2, 0.0),
+         grad_logp,
+         grad_entropy,
+         value_at<R>(args.entropy, position, 0.0)};
+  }
   const T* data = static_cast<const T*>(args.logits.data) + args.logits.layout.offset(position);
   const LogitTransform f{1.0, 0.0, args.temperature};
   const PlainRow<T> row(data, f, nullptr);
   const bool valid = label >= 0 && label < cols;  // otherwise stats are NaN, and so is all of it
-  write_gradient<PlainRow<T>, true>(row, cols, valid ? static_cast<int>(label) : 0, f, g, 1.0, 1.0, out);
+  write_gradient<PlainRow<T>, true>(row, cols, valid ? static_cast<int>(label) : 0, g, 1.0, 1.0,
+                                    out);
 }
 
 }  // namespace
@@ -91,7 +99,8 @@ void token_logps(const RowsView& logits, const int64_t* labels, int64_t ignore_i
   const dim3 grid(static_cast<unsigned>(logits.n));
   const ForwardArgs args{logits, labels, ignore_index, temperature, out, stats};
   const auto run = [&](auto with_metrics, auto without) {
-    launch((metrics & kSumMetrics) != 0 ? with_metrics : without, grid, dim3(kThreads), stream, args);
+    launch((metrics & kSumMetrics) != 0 ? with_metrics : without, grid, dim3(kThreads), stream,
+           args);
   };
   switch (logits.type) {
     case DType::f32:

@@ -81,7 +81,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
     }
     head.times_weights(d, rows_of(unit, begin, m), rows_of(lora_unit, begin, m));
   }
-  const double unit_scale = cuda::unit_scale(head.compute);
+  const double unit_scale = cuda::unit_scale(head.compute, head.transform);
   if (unit_scale != 1.0 && head.n > 0) {
     const Tensor alpha = head.constant(1.0 / unit_scale);
     for (const OptionalTensor& g : {unit, lora_unit}) {

@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -25,32 +27,56 @@ namespace {
 std::mutex mutex;
 std::map<const char*, DeviceMemory*> by_begin;
 
+void* allocate(size_t bytes) {
+  void* at = nullptr;
+  if (posix_memalign(&at, 256, bytes) != 0) throw std::bad_alloc();
+  return at;
+}
+
 }  // namespace
 
-DeviceMemory::DeviceMemory(size_t bytes, size_t offset) {
-  if (posix_memalign(&allocation_, 256, offset + bytes) != 0) throw std::bad_alloc();
-  begin_ = static_cast<char*>(allocation_) + offset;
-  end_ = begin_ + bytes;
-  std::memset(begin_, 0xff, bytes);
-  if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(allocation_, offset);
+DeviceMemory::DeviceMemory(void* begin, size_t bytes)
+    : begin_(static_cast<char*>(begin)), end_(begin_ + bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
   by_begin[begin_] = this;
 }
 
+DeviceMemory::DeviceMemory(size_t bytes, size_t offset)
+    : DeviceMemory(static_cast<char*>(allocate(offset + bytes)) + offset, bytes) {
+  allocation_ = begin_ - offset;
+  std::memset(begin_, 0xff, bytes);
+  if (__asan_poison_memory_region != nullptr) __asan_poison_memory_region(allocation_, offset);
+}
+
 DeviceMemory::~DeviceMemory() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    by_begin.erase(begin_);
-  }
-  if (__asan_unpoison_memory_region != nullptr) {
+  forget();
+  if (__asan_unpoison_memory_region != nullptr && allocation_ != nullptr) {
     __asan_unpoison_memory_region(allocation_,
-                                  static_cast<size_t>(end_ - static_cast<char*>(allocation_)));
+                                  static_cast<size_t>(begin_ - static_cast<char*>(allocation_)));
   }
   std::free(allocation_);
 }
 
+void DeviceMemory::forget() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  by_begin.erase(begin_);
+}
+
+ReservedMemory::ReservedMemory(size_t bytes)
+    : DeviceMemory(mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0),
+                   bytes) {
+  if (data() == MAP_FAILED) throw std::bad_alloc();
+  set_written();
+}
+
+ReservedMemory::~ReservedMemory() {
+  forget();
+  munmap(data(), size());
+}
+
 void DeviceMemory::note_written(const void* at, size_t bytes) {
-  if (!memory_is_checked()) return;
+  if (!memory_is_checked() || !has_history()) return;
   ByteHistory* byte = history() + (static_cast<const char*>(at) - begin_);
   for (size_t i = 0; i < bytes; ++i) byte[i].write = 1;
 }

@@ -22,7 +22,7 @@ class DeviceMemory {
   // `bytes` that start `offset` bytes past a multiple of 256, filled with garbage. Kernels may not
   // read what neither they nor the host has written.
   explicit DeviceMemory(size_t bytes, size_t offset = 0);
-  ~DeviceMemory();
+  virtual ~DeviceMemory();
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
@@ -38,17 +38,29 @@ class DeviceMemory {
   // The memory that `at` lies in, or null.
   static DeviceMemory* find(const void* at);
 
-  // For the checker.
+  // For the checker; without a history it looks at the bounds alone.
+  bool has_history() const { return allocation_ != nullptr; }
   bool written_by_host() const { return written_by_host_; }
   bool forbidden(size_t at) const { return !forbidden_.empty() && forbidden_[at]; }
   ByteHistory* history();
 
+ protected:
+  DeviceMemory(void* begin, size_t bytes);
+  void forget();
+
  private:
-  void* allocation_;
+  void* allocation_ = nullptr;
   char *begin_, *end_;
   bool written_by_host_ = false;
   std::vector<bool> forbidden_;
   std::vector<ByteHistory> history_;
+};
+
+// Zeros, as many as the address space has room for: pages exist once they are touched.
+class ReservedMemory : public DeviceMemory {
+ public:
+  explicit ReservedMemory(size_t bytes);
+  ~ReservedMemory() override;
 };
 
 }  // namespace cuda_host

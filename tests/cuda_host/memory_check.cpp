@@ -108,6 +108,7 @@ void check_shared(const Worker& me, const Access& access) {
 void check_device(const Worker& me, const Access& access, DeviceMemory& memory) {
   const auto first = static_cast<size_t>(access.at - static_cast<char*>(memory.data()));
   if (first + access.bytes > memory.size()) report(access, "past the end of a buffer");
+  if (!memory.has_history()) return;
   ByteHistory* history = memory.history();
   for (size_t i = first; i < first + access.bytes; ++i) {
     if (memory.forbidden(i)) report(access, "between two rows");

@@ -51,14 +51,15 @@ class Target:
     def run(
         self, *arguments: str, cwd: pathlib.Path | None = None, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Runs Python with what was installed; the caller's FUSEDPO_ variables do not count."""
+        """Runs Python with what was installed; the caller's FUSEDPO_ variables do not count, and
+        no build compiles CUDA sources unless it asks for them."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDPO_")}
         return subprocess.run(
             [str(self.python), *arguments],
             capture_output=True,
             text=True,
             cwd=cwd or self.site.parent,
-            env={**environment, "PYTHONPATH": str(self.site), **env},
+            env={**environment, "FUSEDPO_CUDA": "OFF", "PYTHONPATH": str(self.site), **env},
             timeout=600,
         )
 

@@ -43,6 +43,13 @@ def assert_close(ours, theirs, **tolerance):
         torch.testing.assert_close(mine, his, **tolerance)
 
 
+def assert_near(mine, his, share):
+    """Within a share of the largest entry."""
+    largest = his.abs().max().item()
+    error = (mine.double() - his.double()).abs().max().item()
+    assert error <= share * largest, f"off by {error}, the largest is {largest}"
+
+
 CAPTURED = pytest.mark.parametrize("captured", [False, True])
 
 
@@ -196,9 +203,12 @@ def test_fusedpo_check_names_the_first_bad_label_but_not_under_capture(monkeypat
 
 @pytest.mark.parametrize("budget", [0, 12_000, 50_000, None])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_many_chunks_and_cast_tiles_give_the_results_of_the_reference(budget, autocast):
+def test_many_chunks_and_cast_tiles_give_the_results_of_the_reference(
+    monkeypatch, budget, autocast
+):
     # 70 rows of 601 are five chunks; under autocast the weight is cast in three tiles.
-    head = make_head(70, 8192, 601, seed=9, bias=True, rank=3, ignored=0.2)
+    monkeypatch.setattr("fusedpo.logps._vocab_tile", lambda *_: 256)
+    head = make_head(70, 48, 601, seed=9, bias=True, rank=3, ignored=0.2)
     results = []
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for function in (fusedpo.linear_token_logps, fusedpo.reference.linear_token_logps):
@@ -215,10 +225,23 @@ def test_many_chunks_and_cast_tiles_give_the_results_of_the_reference(budget, au
             )
             upstream = torch.linspace(-1, 2, 70)
             results.append((out.logps, *torch.autograd.grad((upstream * out.logps).sum(), tensors)))
-    tolerance = 6e-2 if autocast else 1e-4
     for mine, his in zip(*results, strict=True):
         assert mine.dtype == his.dtype
-        torch.testing.assert_close(mine, his, rtol=tolerance, atol=tolerance * his.abs().max())
+        assert_near(mine, his, 6e-2 if autocast else 1e-4)
+
+
+def test_a_weight_that_no_product_reads_in_place_is_copied_in_tiles(monkeypatch):
+    # Neither rows nor columns are dense. 601 entries are three tiles.
+    monkeypatch.setattr("fusedpo.logps._vocab_tile", lambda *_: 256)
+    head = make_head(40, 48, 601, seed=12, ignored=0.2)
+    spread = head.weight.repeat_interleave(2, 1)[:, ::2]
+    results = []
+    for budget in (0, None):
+        for weight in (head.weight, spread):
+            got = linear(head._replace(weight=weight), "hw", logits_budget_bytes=budget)
+            results.append((*got[0], *got[1]))
+    for other in results[1:]:
+        assert_close(other, results[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e4])
@@ -241,6 +264,23 @@ def test_fp16_keeps_upstream_gradients_of_any_size(scale, budget, weight_dtype):
         largest = his.abs().max()
         if largest < 6e4 or weight_dtype == torch.float32:
             assert error <= 1e-2 * largest + smallest
+
+
+@pytest.mark.parametrize("budget", [0, None])
+@pytest.mark.parametrize("temperature", [0.004, 1.0, 250.0])
+def test_fp16_holds_the_gradients_of_steep_and_of_flat_logits(budget, temperature):
+    head = make_head(24, 16, 133, seed=13, dtype=torch.float16)
+    ours = [leaf(head.hidden), leaf(head.weight)]
+    out = fusedpo.linear_token_logps(
+        *ours, head.labels, temperature=temperature, logits_budget_bytes=budget
+    )
+    ours = torch.autograd.grad(out.logps.sum() / 64, ours)
+    plain = [leaf(t.double()) for t in (head.hidden, head.weight)]
+    want = fusedpo.reference.linear_token_logps(*plain, head.labels, temperature=temperature)
+    theirs = torch.autograd.grad(want.logps.sum() / 64, plain)
+    for mine, his in zip(ours, theirs, strict=True):
+        # Logits are rounded to fp16, and a steep softmax makes much of it: 20 / 0.004 nats apart.
+        assert_near(mine, his, 2e-2)
 
 
 def test_gradients_of_hidden_from_kept_rows_are_whole():
@@ -288,7 +328,7 @@ def test_a_list_longer_than_the_kernel_takes_is_refused_with_the_remedy():
         fusedpo.preference_loss(logps, logps, logps, logps, loss_type=names)
 
 
-@pytest.mark.parametrize("kl", [-3.0, 0.0, 2.0, float("nan")])
+@pytest.mark.parametrize("kl", [-3.0, 0.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_kl_on_the_device_equals_the_number(kl, dtype):
     logps, ref = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -11.0])
@@ -297,4 +337,4 @@ def test_a_kl_on_the_device_equals_the_number(kl, dtype):
         fusedpo.unpaired_loss(logps, ref, labels, kl=value).loss
         for value in (kl, torch.tensor(kl, dtype=dtype))
     ]
-    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(*results, rtol=0, atol=0)

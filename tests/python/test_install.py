@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -126,15 +128,21 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def wheel(project: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Built without isolation, with warnings as errors."""
+    """Built without isolation, with warnings as errors and, where there is an nvcc, for CUDA."""
     folder = tmp_path_factory.mktemp("wheel")
     result = Target(folder / "site").run(
         *("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), "."),
         cwd=project,
         FUSEDPO_WERROR="ON",
+        FUSEDPO_CUDA="AUTO",
+        FUSEDPO_CUDA_ARCHS="90-real",
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return next(folder.glob("*.whl"))
+
+
+def has_nvcc() -> bool:
+    return shutil.which("nvcc") is not None or "CUDACXX" in os.environ
 
 
 def doctor(environment: Target) -> dict[str, object]:
@@ -178,9 +186,14 @@ def test_libraries_need_libtorch_cpu_and_the_system_only(
     system = {"libstdc++", "libgcc_s", "libc", "libm", "libpthread", "ld-linux-x86-64"}
     for pattern, allowed in (
         ("libfusedpo_ops_cpu.so", system | {"libtorch_cpu"}),
+        # No CUDA runtime: it is linked in, and a versioned library would tie the wheel to one.
+        ("libfusedpo_ops_cuda.so", system | {"libtorch_cpu", "libtorch_cuda", "librt", "libdl"}),
         ("_store*.so", system),
     ):
-        library = next((tmp_path / "fusedpo").glob(pattern))
+        library = next((tmp_path / "fusedpo").glob(pattern), None)
+        if library is None and "cuda" in pattern and not has_nvcc():
+            continue
+        assert library is not None, pattern
         dynamic = subprocess.run(
             ["readelf", "-d", str(library)], capture_output=True, text=True, check=True
         ).stdout
@@ -188,6 +201,15 @@ def test_libraries_need_libtorch_cpu_and_the_system_only(
         assert needed
         assert needed <= allowed
         assert not re.search(r"R(UN)?PATH", dynamic)
+
+
+@install
+@pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
+def test_what_was_compiled_for_cuda_is_recorded(wheel: pathlib.Path) -> None:
+    info = json.loads(zipfile.ZipFile(wheel).read("fusedpo/_build_info.json"))
+    assert info["cuda"] is True
+    assert info["cuda_archs"] == ["90-real"]
+    assert info["nvcc"] in info["cuda_reason"]
 
 
 @install
