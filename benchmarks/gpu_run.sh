@@ -38,6 +38,7 @@ failed=0 stages=''
 stage() {
   local name=$1 limit=$2 start=$SECONDS left=$((minutes * 60 - SECONDS)) status
   shift 2
+  [ -z "$rehearse" ] || limit=$((limit * 4)) # a CPU is slower, and may be busy
   [ "$limit" -lt "$left" ] || limit=$left
   if [ "$limit" -lt 5 ]; then
     status=not-reached
@@ -106,7 +107,7 @@ stage "losses" 60 "$python" -m benchmarks.losses --device cuda ${rehearse:+--reh
 stage "targets" 20 "$python" -m benchmarks.targets "$out"
 if [ -z "$rehearse" ]; then
   stage "tests: contract" 120 "${tests[@]}" tests/python/test_cuda_contract.py
-  stage "sanitizer" 130 scripts/compute_sanitizer.sh --python "$python" --seconds 32 --out build/sanitizer
+  stage "sanitizer" 190 scripts/compute_sanitizer.sh --python "$python" --seconds 45 --out build/sanitizer
   tail -n 100 build/sanitizer/*.log >> "$out/log.txt" 2> /dev/null
   stage "tests: losses" 60 "${tests[@]}" tests/python/test_cuda_losses.py
   stage "tests: trl" 60 "${tests[@]}" tests/python/test_cuda_trl.py
