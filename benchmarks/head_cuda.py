@@ -74,7 +74,6 @@ def run_case(
     results = {}
     for peer in peers:
         results[peer] = prepare(peer, p, truth, place)
-        gc.collect()
     del truth
     gc.collect()
     calls = {n: device.Call(r.pop("call")) for n, r in results.items() if "call" in r}

@@ -11,8 +11,10 @@ import pathlib
 import subprocess
 import sys
 
+import cuda_cases
 import pytest
 import torch
+from logps_cases import threads
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -80,45 +82,30 @@ def test_sanitizer_script_judges_by_what_the_tool_wrote(case, tmp_path):
 
 # ---- benchmarks ---------------------------------------------------------------------------------
 
-NAMES = ("", "_contract", "_losses", "_accuracy", "_trl")
-GROUP = [str(ROOT / "tests" / "python" / f"test_cuda{name}.py") for name in NAMES]
-# One process for all of it: importing TRL takes longer than the rest.
-REHEARSE = """
-import pathlib, sys
-import pytest
-from benchmarks import head, logits, losses, targets
 
-folder = pathlib.Path(sys.argv[1])
-peers = ["--peers", "floor,ours,trl,eager"]
-head_options = ["--device", "cuda", "--rehearse", "--quick", "--rounds", "1", *peers]
-assert head.main([*head_options, "--out", str(folder / "head.json")]) == 0
-logits_options = ["--rehearse", "--rounds", "1", "--peers", "ours,eager"]
-assert logits.main([*logits_options, "--out", str(folder / "logits.json")]) == 0
-losses_options = ["--rehearse", "--quick", "--no-compile"]
-assert losses.main([*losses_options, "--out", str(folder / "losses.json")]) == 0
-assert targets.main([str(folder)]) == 0
-assert pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *sys.argv[2:]]) == 0
-"""
+@pytest.fixture
+def _project(monkeypatch):
+    """`benchmarks` is importable from the project's folder only."""
+    monkeypatch.syspath_prepend(str(ROOT))
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> pathlib.Path:
+    """The folder with the results of every GPU benchmark, run on tiny sizes in this process."""
     pytest.importorskip("trl", reason="one of the peers is TRL's")
     folder = tmp_path_factory.mktemp("rehearsal")
-    done = subprocess.run(
-        [sys.executable, "-c", REHEARSE, folder, *GROUP],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "FUSEDPO_TEST_DEVICE": "cpu",
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch, threads(1):
+        patch.syspath_prepend(str(ROOT))
+        from benchmarks import head, logits, losses, targets
+
+        def out(name):
+            return ["--rehearse", "--out", str(folder / f"{name}.json")]
+
+        peers = ["--quick", "--rounds", "1", "--peers", "floor,ours,trl,eager"]
+        assert head.main(["--device", "cuda", *peers, *out("head")]) == 0
+        assert logits.main(["--rounds", "1", "--peers", "ours,eager", *out("logits")]) == 0
+        assert losses.main(["--quick", "--no-compile", *out("losses")]) == 0
+        assert targets.main([str(folder)]) == 0
     return folder
 
 
@@ -174,12 +161,6 @@ def runs_with(**changes):
     }
 
 
-@pytest.fixture
-def _project(monkeypatch):
-    """`benchmarks` is importable from the project's folder only."""
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 @pytest.mark.usefixtures("_project")
 @pytest.mark.parametrize("peer", ["liger_ce", "liger_dpo"])
 def test_scalar_losses_are_verified_by_value_and_gradient(peer):
@@ -227,23 +208,25 @@ def test_targets_are_met_or_missed_by_their_figures(capsys):
 # ---- the GPU test group -------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_a_failure_where_one_is_required():
+@pytest.mark.skipif(not cuda_cases.ON_GPU or torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_a_visible_skip_and_a_failure_where_one_is_required(monkeypatch):
+    monkeypatch.delenv("FUSEDPO_REQUIRE_CUDA", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="torch finds no CUDA device"):
+        cuda_cases.need_device()
+    monkeypatch.setenv("FUSEDPO_REQUIRE_CUDA", "1")
+    with pytest.raises(RuntimeError, match=r"FUSEDPO_REQUIRE_CUDA=1, but: .* no CUDA device"):
+        cuda_cases.need_device()
+
+
+def test_the_group_collects_every_borrowed_test():
+    files = [f"tests/python/test_cuda{name}.py" for name in ("", "_contract", "_losses")]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "tests/python/test_cuda.py",
-        ],
-        env={**os.environ, "FUSEDPO_REQUIRE_CUDA": "1", "FUSEDPO_TEST_DEVICE": "cuda"},
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files],
+        env={**os.environ, "FUSEDPO_TEST_DEVICE": "cpu"},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode != 0
-    assert "FUSEDPO_REQUIRE_CUDA=1, but: GPU test group: torch finds no CUDA device" in done.stdout
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_cuda_losses.py::test_losses_reductions" in done.stdout
