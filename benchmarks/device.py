@@ -119,10 +119,10 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 def extra_bytes(call: Call, device: torch.device) -> dict[str, int]:
     """Peak memory of one call over what was held before, and how much of it the result is."""
-    gc.collect()
     if call.before is not None:
         call.before()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

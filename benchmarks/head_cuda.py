@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import pathlib
 import time
 from typing import Any
@@ -73,7 +74,6 @@ def run_case(
     results = {}
     for peer in peers:
         results[peer] = prepare(peer, p, truth, place)
-        gc.collect()
     del truth
     gc.collect()
     calls = {n: device.Call(r.pop("call")) for n, r in results.items() if "call" in r}
@@ -124,6 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--seconds", type=float, help="start no further case after so long")
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--append", action="store_true", help="only cases that --out lacks")
     options = parser.parse_args(arguments)
     cases = {name_of(case): case for case in CASES}
     chosen = options.cases.split(",") if options.cases else []
@@ -144,15 +145,21 @@ def main(arguments: list[str] | None = None) -> int:
         head_cuda_peers.REHEARSAL_COMPLETION if options.rehearse else head_cuda_peers.COMPLETION
     )
     started = time.monotonic()
+    env = common.environment() | {"gpu": device.facts(place)}
+    path = options.out or common.RESULTS / common.device_name(env) / "head.json"
     content: dict[str, Any] = {
         "benchmark": "head",
         "rehearsal": options.rehearse,
-        "environment": common.environment() | {"gpu": device.facts(place)},
+        "environment": env,
         "bandwidth": device.bandwidth(place),
         "cases": [],
         "not_reached": [name_of(case) for case in options.cases],
     }
-    path = options.out or common.RESULTS / common.device_name(content["environment"]) / "head.json"
+    if options.append and path.exists():
+        content["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        done = {case["case"] for case in content["cases"]}
+        options.cases = [case for case in options.cases if name_of(case) not in done]
+        content["not_reached"] = [name_of(case) for case in options.cases]
     correct = True
     for case in options.cases:
         if options.seconds is not None and time.monotonic() - started > options.seconds:

@@ -10,7 +10,6 @@ and at 4.3 TB/s. `--rehearse` runs the same code on a CPU with a small size; tha
 from __future__ import annotations
 
 import argparse
-import gc
 import pathlib
 import sys
 from collections.abc import Callable
@@ -218,7 +217,6 @@ def run_pass(
             if peer == "ours":
                 raise
             results[peer] = {"not_run": device.why(error)}
-        gc.collect()
     for peer, times in device.interleave(calls, rounds, place).items():
         results[peer].update(times)
     size = device.bytes_of(p.original)

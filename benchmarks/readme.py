@@ -1,7 +1,8 @@
-"""python -m benchmarks.readme: writes README's table from benchmarks/results/<machine>/head.json.
+"""python -m benchmarks.readme: writes README's tables from benchmarks/results/<machine>/*.json.
 
-Without an argument it rewrites README.md; with --check it only says whether README.md is up to date
-(exit status 1 if not).
+One table per pair of marks that README.md has: `head` (CPU) and `gpu`. Without an argument it
+rewrites README.md; with --check it only says whether README.md is up to date (exit status 1 if
+not). Rehearsals of the GPU benchmarks never get into it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT
 
 README = ROOT / "README.md"
-BEGIN = "<!-- head: from benchmarks/results by `python -m benchmarks.readme` -->"
-END = "<!-- /head -->"
+MARKS = {
+    name: (
+        f"<!-- {name}: from benchmarks/results by `python -m benchmarks.readme` -->",
+        f"<!-- /{name} -->",
+    )
+    for name in ("head", "gpu")
+}
+NO_GPU_FIGURE = "Nothing has been measured on a GPU yet: there is no figure to show."
 DTYPES = {"fp32": "fp32", "bf16": "bf16", "amp": "fp32 under bf16 autocast"}
 HEADS = {"frozen": "head frozen", "trained": "head trained", "nograd": "no gradient"}
 
@@ -71,23 +78,81 @@ def table(path: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str, text: str) -> str:
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+# ---- GPU ----------------------------------------------------------------------------------------
+
+PEERS = {"ours": "fusedpo", "trl": "TRL", "compile": "torch.compile", "eager": "eager"}
+PEERS |= {"liger_ce": "Liger CE", "liger_dpo": "Liger DPO", "floor": "bare GEMMs"}
+
+
+def milliseconds(result: dict[str, Any]) -> str:
+    return f"{1e3 * result['median_s']:.1f}" if "median_s" in result else "-"
+
+
+def gpu_table(folder: pathlib.Path) -> str:
+    content = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+    env = content["environment"]
+    completion = content["cases"][0]["size"]["completion"]
+    lines = [
+        f"{env['gpu']['name']}, torch {env['versions']['torch']}, TRL {env['versions']['trl']}, "
+        f"Liger {env['versions']['liger-kernel']}. From hidden states, forward and backward, "
+        f"{completion} completion tokens. Medians in milliseconds, extra memory in MB.",
+        "",
+        "| | " + " | ".join(PEERS.values()) + " | fusedpo MB | TRL MB |",
+        "|---" * (len(PEERS) + 3) + "|",
+    ]
+    for case in content["cases"]:
+        peers = case["peers"]
+        cells = [milliseconds(peers.get(peer, {})) for peer in PEERS]
+        for peer in ("ours", "trl"):
+            memory = peers.get(peer, {}).get("memory")
+            cells.append(f"{memory['extra_bytes'] / 1e6:.0f}" if memory else "-")
+        lines.append("| " + " | ".join([case["case"].replace("/", ", "), *cells]) + " |")
+    targets = folder / "targets.json"
+    if targets.exists():
+        lines += ["", "| target | floor | wanted | measured | met |", "|---|---|---|---|---|"]
+        for row in json.loads(targets.read_text(encoding="utf-8"))["targets"]:
+            value = row["measured"]
+            measured = "never measured" if value is None else f"{value:.3g} {row['unit']}"
+            met = {True: "yes", False: "no", None: "-"}[row["met"]]
+            lines.append(
+                f"| {row['case']} | {row['floor']} | {row['target']} | {measured} | {met} |"
+            )
+    lines += ["", f"From `{folder.relative_to(ROOT)}`, commit `{(env['commit'] or '?')[:7]}`."]
+    return "\n".join(lines)
+
+
+# ---- README.md ----------------------------------------------------------------------------------
+
+
+def newest(on_gpu: bool) -> pathlib.Path | None:
+    """The newest head.json of a CPU or of a GPU."""
+    dates = {}
+    for path in RESULTS.glob("*/head.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if bool(content["environment"].get("gpu")) == on_gpu and not content.get("rehearsal"):
+            dates[path] = content["environment"]["date"]
+    return max(dates, key=lambda path: dates[path]) if dates else None
+
+
+def updated(readme: str) -> str:
+    cpu, gpu = newest(on_gpu=False), newest(on_gpu=True)
+    texts = {
+        "head": "Nothing has been measured yet." if cpu is None else table(cpu),
+        "gpu": NO_GPU_FIGURE if gpu is None else gpu_table(gpu.parent),
+    }
+    for name, (begin, end) in MARKS.items():
+        if begin in readme:
+            before, rest = readme.split(begin)
+            readme = f"{before}{begin}\n\n{texts[name]}\n\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    found = sorted(RESULTS.glob("*/head.json"))
-    if not found:
-        print("no benchmarks/results/*/head.json: run python -m benchmarks.head first")
-        return 1
-    newest = max(found, key=lambda p: json.loads(p.read_text())["environment"]["date"])
     old = README.read_text(encoding="utf-8")
-    new = updated(old, table(newest))
+    new = updated(old)
     if options.check:
         print(
             "README.md is up to date" if new == old else "README.md is not: run benchmarks.readme"

@@ -6,7 +6,7 @@
 # Ends with 0 if every tool ran clean, 1 on any finding, failed test or time-out, 2 if a tool could
 # not run at all (no compute-sanitizer, or a driver that does not let it in).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 python=.venv/bin/python out=build/sanitizer seconds=120 tools=()
 while [ $# -gt 0 ]; do
   case $1 in

@@ -2,8 +2,9 @@
 
 The group runs wherever a GPU is and is skipped, visibly, elsewhere; FUSEDPO_REQUIRE_CUDA=1 makes a
 missing GPU, or missing CUDA operators, a failure. FUSEDPO_TEST_DEVICE=cpu rehearses it on the CPU
-operators: that checks the tests themselves and proves nothing about CUDA. Every helper below has
-a CPU twin, so that a rehearsal executes all of them.
+operators: that checks the tests themselves and proves nothing about CUDA; over the emulated ones
+(cuda_host_ops.py) it checks the CUDA operators but not a GPU. Every helper below has a CPU twin, so
+that a rehearsal executes all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cuda_host_ops
 import pytest
 import torch
 from fusedpo import _load
@@ -21,6 +23,7 @@ from torch import Tensor
 
 DEVICE = torch.device(os.environ.get("FUSEDPO_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
+EMULATED = not ON_GPU and cuda_host_ops.LIBRARY != ""
 
 
 def why_not() -> str | None:
@@ -103,13 +106,22 @@ def arrives_late(*tensors: Tensor) -> list[Tensor]:
     return late
 
 
+def _believing_in_capture(call: Callable[[], Any]) -> Any:
+    """What emulated operators do under capture; the CPU's do not care."""
+    os.environ["FUSEDPO_TEST_CAPTURING"] = "1"
+    try:
+        return call()
+    finally:
+        del os.environ["FUSEDPO_TEST_CAPTURING"]
+
+
 def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Any, ...]]:
     """A CUDA graph of `call` as (replay, outputs): each replay writes the outputs anew."""
     if not ON_GPU:
-        outputs = call()
+        outputs = _believing_in_capture(call)
 
         def rerun() -> None:
-            for to, value in zip(outputs, call(), strict=True):
+            for to, value in zip(outputs, _believing_in_capture(call), strict=True):
                 to.detach().copy_(value.detach())
 
         return rerun, outputs

@@ -1,4 +1,4 @@
-"""What runs on a GPU machine, rehearsed without one: benchmarks, sanitizer verdicts, the test group.
+"""What runs on a GPU machine, rehearsed without one: benchmarks, sanitizer, the test group.
 
 Nothing here proves anything about CUDA; it keeps the scripts from rotting between two GPUs.
 """
@@ -11,7 +11,10 @@ import pathlib
 import subprocess
 import sys
 
+import cuda_cases
 import pytest
+import torch
+from logps_cases import threads
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -79,35 +82,30 @@ def test_sanitizer_script_judges_by_what_the_tool_wrote(case, tmp_path):
 
 # ---- benchmarks ---------------------------------------------------------------------------------
 
-REHEARSE = """
-import pathlib, sys
-from benchmarks import head, logits, losses, targets
 
-folder = pathlib.Path(sys.argv[1])
-peers = ["--peers", "floor,ours,trl,eager"]
-head_options = ["--device", "cuda", "--rehearse", "--quick", "--rounds", "1", *peers]
-assert head.main([*head_options, "--out", str(folder / "head.json")]) == 0
-logits_options = ["--rehearse", "--rounds", "1", "--peers", "ours,eager"]
-assert logits.main([*logits_options, "--out", str(folder / "logits.json")]) == 0
-losses_options = ["--rehearse", "--quick", "--no-compile"]
-assert losses.main([*losses_options, "--out", str(folder / "losses.json")]) == 0
-assert targets.main([str(folder)]) == 0
-"""
+@pytest.fixture
+def _project(monkeypatch):
+    """`benchmarks` is importable from the project's folder only."""
+    monkeypatch.syspath_prepend(str(ROOT))
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> pathlib.Path:
+    """The folder with the results of every GPU benchmark, run on tiny sizes in this process."""
     pytest.importorskip("trl", reason="one of the peers is TRL's")
     folder = tmp_path_factory.mktemp("rehearsal")
-    done = subprocess.run(
-        [sys.executable, "-c", REHEARSE, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch, threads(1):
+        patch.syspath_prepend(str(ROOT))
+        from benchmarks import head, logits, losses, targets
+
+        def out(name):
+            return ["--rehearse", "--out", str(folder / f"{name}.json")]
+
+        peers = ["--quick", "--rounds", "1", "--peers", "floor,ours,trl,eager"]
+        assert head.main(["--device", "cuda", *peers, *out("head")]) == 0
+        assert logits.main(["--rounds", "1", "--peers", "ours,eager", *out("logits")]) == 0
+        assert losses.main(["--quick", "--no-compile", *out("losses")]) == 0
+        assert targets.main([str(folder)]) == 0
     return folder
 
 
@@ -138,8 +136,12 @@ def runs_with(**changes):
     def case(name, seconds, trl):
         memory = {"extra_bytes": 1_200_000_000, "of_which_gradients": 100_000_000}
         ours = {"median_s": seconds, "memory": memory}
-        peers = {"ours": ours, "trl": {"median_s": trl}}
+        peers = {"ours": ours, "trl": {"median_s": trl}, "floor": {"median_s": seconds / 1.1}}
         return {"case": name, "weight_elements": 4096 * 128_256, "peers": peers}
+
+    def logits_pass(seconds):
+        floor = {"at_measured_bandwidth": seconds / 1.2}
+        return {"floor_s": floor, "peers": {"ours": {"median_s": seconds}}}
 
     return {
         "head": {
@@ -151,21 +153,50 @@ def runs_with(**changes):
         },
         "logits": {
             "passes": {
-                "forward, all outputs": {"peers": {"ours": {"median_s": values["forward"]}}},
-                "forward + backward in place": {"peers": {"ours": {"median_s": values["inplace"]}}},
+                "forward, all outputs": logits_pass(values["forward"]),
+                "forward + backward in place": logits_pass(values["inplace"]),
             }
         },
         "losses": {"lists": {"a": {"launches": 2, "times_faster_than_eager": 6.0}}},
     }
 
 
-def test_targets_are_met_or_missed_by_their_figures():
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import targets
-    finally:
-        sys.path.remove(str(ROOT))
-    assert all(row["met"] for row in targets.rows(runs_with()))
+@pytest.mark.usefixtures("_project")
+@pytest.mark.parametrize("peer", ["liger_ce", "liger_dpo"])
+def test_scalar_losses_are_verified_by_value_and_gradient(peer):
+    # Liger's losses need a GPU or Triton; the same losses in plain torch stand in for them.
+    from benchmarks import head_cuda_peers as peers
+    from benchmarks.head_peers import exact
+
+    shape = peers.REHEARSAL["llama-3-8b"]
+    p = peers.make_problem(shape, "bf16", "frozen", torch.device("cpu"), 128)
+    truth = exact(p)
+    logits = p.hidden.float() @ p.weight.float().T
+    labels = p.labels.clamp(min=0).unsqueeze(-1)
+    logps = logits.log_softmax(-1).gather(-1, labels).squeeze(-1)
+    if peer == "liger_ce":
+        loss = -logps[p.mask].mean()
+    else:
+        means = logps.masked_fill(~p.mask, 0).sum(1) / p.mask.sum(1)
+        loss = -torch.nn.functional.logsigmoid(
+            peers.BETA * (means[: len(means) // 2] - means[len(means) // 2 :])
+        ).mean()
+    (gradient,) = torch.autograd.grad(loss, p.hidden)
+    right = peers.ScalarAnswer(loss.detach(), gradient, None)
+    assert peers.verify_scalar(peer, p, right, truth)["ok"]
+    for wrong in (right._replace(loss=loss * 1.5), right._replace(grad_hidden=-gradient)):
+        assert not peers.verify_scalar(peer, p, wrong, truth)["ok"]
+
+
+@pytest.mark.usefixtures("_project")
+def test_targets_are_met_or_missed_by_their_figures(capsys):
+    from benchmarks import targets
+
+    found = targets.rows(runs_with())
+    assert all(row["met"] for row in found)
+    assert found[2]["floor_measured_ms"] == pytest.approx(20.0)
+    targets.show(found)
+    assert "target <= 24 ms (floor 21.8 ms, 20.000 ms on this card)" in capsys.readouterr().out
     slow = targets.rows(runs_with(frozen=25e-3, forward=8e-4))
     missed = [row["target"] for row in slow if not row["met"]]
     assert missed == ["<= 0.70 ms", "<= 24 ms", ">= 1.35 x faster"]
@@ -177,28 +208,25 @@ def test_targets_are_met_or_missed_by_their_figures():
 # ---- the GPU test group -------------------------------------------------------------------------
 
 
-def collect(**environment: str) -> subprocess.CompletedProcess[str]:
-    files = sorted(str(path) for path in (ROOT / "tests" / "python").glob("test_cuda*.py"))
-    return subprocess.run(
+@pytest.mark.skipif(not cuda_cases.ON_GPU or torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_a_visible_skip_and_a_failure_where_one_is_required(monkeypatch):
+    monkeypatch.delenv("FUSEDPO_REQUIRE_CUDA", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="torch finds no CUDA device"):
+        cuda_cases.need_device()
+    monkeypatch.setenv("FUSEDPO_REQUIRE_CUDA", "1")
+    with pytest.raises(RuntimeError, match=r"FUSEDPO_REQUIRE_CUDA=1, but: .* no CUDA device"):
+        cuda_cases.need_device()
+
+
+def test_the_group_collects_every_borrowed_test():
+    files = [f"tests/python/test_cuda{name}.py" for name in ("", "_contract", "_losses")]
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files],
-        env={**os.environ, **environment},
+        env={**os.environ, "FUSEDPO_TEST_DEVICE": "cpu"},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
-
-
-def test_a_missing_gpu_is_a_failure_where_one_is_required():
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = collect(FUSEDPO_REQUIRE_CUDA="1", FUSEDPO_TEST_DEVICE="cuda")
-    assert done.returncode != 0
-    assert "FUSEDPO_REQUIRE_CUDA=1, but: GPU test group: torch finds no CUDA device" in done.stdout
-
-
-def test_the_gpu_test_group_collects():
-    done = collect(FUSEDPO_TEST_DEVICE="cpu")
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_cuda_losses.py::test_losses_reductions" in done.stdout
