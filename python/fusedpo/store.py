@@ -334,10 +334,7 @@ class RefStore:
         return RefStore, (str(self.path), self.mode)  # a worker process opens it for itself
 
     def __repr__(self) -> str:
-        files = self.files()
-        logs = sum(f.kind == "log" for f in files)
-        held = f"{len(files) - logs} snapshots, {logs} logs"
-        return f"RefStore({str(self.path)!r}, {self.mode!r}, {held})"
+        return f"RefStore({str(self.path)!r}, {self.mode!r})"
 
 
 def _no_store(path: pathlib.Path) -> StoreError:

@@ -12,6 +12,7 @@ namespace fusedpo {
 namespace {
 
 struct Read {
+  LogHead head;
   LogScan scan;
   std::map<Key, std::pair<double, std::uint32_t>> records;
   std::string error;  // code of the exception
@@ -22,10 +23,11 @@ Read read(const Bytes& bytes, std::uint64_t begin = 0) {
   files.put("s/log", bytes);
   Read seen;
   try {
-    seen.scan = scan_log(*files.open("s/log"), "s/log", test_identity().digest, begin,
-                         [&](const Record& record, std::uint64_t) {
-                           seen.records[record.key] = {record.logp, record.num_tokens};
-                         });
+    const auto file = files.open("s/log");
+    seen.head = read_log_head(*file, "s/log", test_identity().digest);
+    seen.scan = scan_log(*file, seen.head, begin, [&](const Record& record, std::uint64_t) {
+      seen.records[record.key] = {record.logp, record.num_tokens};
+    });
   } catch (const StoreError& e) {
     seen.error = name(e.code);
   }
@@ -74,9 +76,9 @@ TEST(Log, GivesBackWhatWasAppended) {
     EXPECT_EQ(seen.error, "");
     EXPECT_EQ(seen.records.size(), 6u);
     EXPECT_TRUE(all_right(seen));
-    EXPECT_EQ(seen.scan.closed, closed);
+    EXPECT_EQ(seen.head.closed, closed);
     EXPECT_EQ(seen.scan.damage_count, 0u);
-    EXPECT_FALSE(seen.scan.discardable);
+    EXPECT_FALSE(seen.head.discardable);
   }
 }
 
@@ -118,7 +120,7 @@ TEST(Log, CutAtEveryByteKeepsEverySyncBelowTheCut) {
       ASSERT_EQ(seen.records.size(), promised) << cut;
       const bool clean = cut == 0 || cut == kLogHeader ||
                          std::find(log.ends.begin(), log.ends.end(), cut) != log.ends.end();
-      ASSERT_EQ(seen.scan.discardable.has_value(), !clean) << cut;
+      ASSERT_EQ(seen.head.discardable.has_value(), !clean) << cut;
     }
   }
 }
@@ -179,8 +181,8 @@ TEST(Log, GarbageAboveTheLastMarkerIsDiscardableAndReported) {
   const Read seen = read(log.bytes);
   EXPECT_EQ(seen.records.size(), 6u);
   EXPECT_EQ(seen.scan.damage_count, 0u);
-  ASSERT_TRUE(seen.scan.discardable);
-  EXPECT_EQ(seen.scan.discardable->offset, end);
+  ASSERT_TRUE(seen.head.discardable);
+  EXPECT_EQ(seen.head.discardable->offset, end);
 }
 
 TEST(Log, MarkerOfAnotherFileOrPlacePromisesNothing) {
