@@ -1,8 +1,8 @@
 """Kills real runs of precompute at random moments and resumes them; run by test_precompute_kills.
 
-Arguments: a folder, how many kills, a seed. A child is forked after the imports; it scores, appends,
-syncs after every batch and merges, and says in shared memory what it is at. Prints one JSON object:
-how many kills, and where they fell.
+Arguments: a folder, how many kills, a seed. A child is forked after the imports; it scores,
+appends, syncs after every batch and merges, and says in shared memory what it is at. Prints one
+JSON object: how many kills, and where they fell.
 """
 
 from __future__ import annotations
@@ -21,12 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-torch.set_num_threads(1)
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 import datasets
+import torch
 from datasets import Dataset
 from fusedpo import RefStore, precompute
 from fusedpo._precompute import filling
@@ -86,6 +82,7 @@ def child(body: Callable[[], None]) -> int:
 
 
 def main(folder: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
+    torch.set_num_threads(1)  # before the first fork: no other thread may be there
     datasets.disable_progress_bars()
     model, tokenizer = make_model(), make_tokenizer()
     data = Dataset.from_list(make_pairs(40))

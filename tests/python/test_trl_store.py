@@ -195,7 +195,9 @@ def test_coverage_is_printed_and_missing_records_can_be_refused(
     )
     assert "train has 16 records in 8 rows; 16 found, 0 missing" in capsys.readouterr().out
     more = {"rows": rows, "eval_rows": make_pairs(5, seed=9), "max_steps": 1}
-    with pytest.raises(LookupError, match=r"\d+ of \d+ records of eval are not in .*fusedpo precom"):
+    with pytest.raises(
+        LookupError, match=r"\d+ of \d+ records of eval are not in .*fusedpo precom"
+    ):
         with_store(
             tmp_path, tmp_path / "refs", model=inputs.model, keywords={"ref_miss": "error"}, **more
         )
@@ -291,7 +293,7 @@ def test_a_stream_is_looked_up_and_what_it_brings_is_scored_by_the_reference(
 
 
 def test_a_stream_without_a_way_back_to_the_reference_is_an_error(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(LookupError, match="cannot be loaded from .*Pass ref_model"):
+    with pytest.raises(LookupError, match=r"cannot be loaded from .*Pass ref_model"):
         train_stream(tmp_path, make_model(), make_pairs(8))
     inputs = write_inputs(tmp_path, rows=8)
     model = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=torch.float32)
@@ -300,8 +302,8 @@ def test_a_stream_without_a_way_back_to_the_reference_is_an_error(tmp_path: path
     with pytest.raises(LookupError, match="is not the model that the training began with"):
         train_stream(tmp_path / "other", model, make_pairs(8))
     (tmp_path / "strict").mkdir()
+    RefStore(tmp_path / "strict" / "refs", "a", identity=_identity(tmp_path))
     with pytest.raises(LookupError, match="records of a batch are not in"):
-        RefStore(tmp_path / "strict" / "refs", "a", identity=_identity(tmp_path))
         train_stream(tmp_path / "strict", make_model(), make_pairs(8), ref_miss="error")
 
 
