@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# build_cpp_tests.sh VENV FOLDER [CMake argument...]: builds FOLDER/tests/cpp/fusedpo_test.
+# build_cpp_tests.sh VENV FOLDER [CMake argument...]: builds FOLDER/tests/cpp/fusedpo_test, or the
+# target that FUSEDPO_TARGET names.
 #
 # GoogleTest is the system's if it is there, else comes through apt-get where that is allowed, else
 # CMake downloads it, else one line says what to install.
@@ -40,4 +41,4 @@ if ! configure -DFUSEDPO_DOWNLOAD_GTEST=OFF "$@"; then
     }
   fi
 fi
-"$cmake" --build "$folder"
+"$cmake" --build "$folder" --target "${FUSEDPO_TARGET:-all}"

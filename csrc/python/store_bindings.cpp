@@ -81,11 +81,13 @@ py::tuple lookup(const Store& store, const Array<std::uint8_t>& keys) {
   Array<bool> found(n);
   Array<double> logps(n);
   Array<std::uint32_t> num_tokens(n);
+  bool* to_found = found.mutable_data();
+  double* to_logps = logps.mutable_data();
+  std::uint32_t* to_num_tokens = num_tokens.mutable_data();
   for (std::size_t i = 0; i < records.size(); ++i) {
-    const bool there = records[i].num_tokens > 0;
-    found.mutable_data()[i] = there;
-    logps.mutable_data()[i] = there ? records[i].logp : std::numeric_limits<double>::quiet_NaN();
-    num_tokens.mutable_data()[i] = records[i].num_tokens;
+    to_found[i] = records[i].num_tokens > 0;
+    to_logps[i] = to_found[i] ? records[i].logp : std::numeric_limits<double>::quiet_NaN();
+    to_num_tokens[i] = records[i].num_tokens;
   }
   return py::make_tuple(found, logps, num_tokens);
 }
@@ -166,9 +168,11 @@ py::list files_of(const Store& store) {
   for (const auto& s : view->snapshots())
     files.append(py::make_tuple(s->path().substr(s->path().rfind('/') + 1), "snapshot",
                                 s->bytes().size(), s->size(), true));
-  for (const auto& log : view->logs())
-    files.append(
-        py::make_tuple(log->name, "log", log->scan.size, log->scan.records, log->scan.closed));
+  for (std::size_t i = 0; i < view->logs().size(); ++i) {
+    const auto& log = view->logs()[i];
+    const std::uint64_t records = without_gil([&] { return view->records_in_log(i); });
+    files.append(py::make_tuple(log->name, "log", log->head.size, records, log->head.closed));
+  }
   return files;
 }
 

@@ -8,6 +8,7 @@ namespace fusedpo {
 namespace {
 
 constexpr std::size_t kMaxFindings = 1000;
+constexpr std::uint64_t kTokenChunk = std::uint64_t{1} << 16;
 
 bool all_zero(const unsigned char* p, std::size_t n) {
   return std::all_of(p, p + n, [](unsigned char byte) { return byte == 0; });
@@ -18,7 +19,7 @@ bool all_zero(const unsigned char* p, std::size_t n) {
 std::optional<Marker> last_marker(const ReadableFile& file, std::uint64_t size,
                                   std::optional<std::uint64_t> log_id) {
   constexpr std::uint64_t kChunk = std::uint64_t{1} << 18;
-  std::vector<unsigned char> chunk(kChunk);
+  std::vector<unsigned char> chunk(std::min(kChunk, size));
   std::uint64_t end = size / kCell * kCell;
   while (end > kLogHeader) {
     const std::uint64_t begin = std::max<std::uint64_t>(kLogHeader, end - std::min(end, kChunk));
@@ -92,7 +93,7 @@ bool LogCursor::tokens_hold() {
   record.key.store(raw.data());
   std::uint32_t crc = crc32c(raw.data(), raw.size());
   while (at < values_end) {
-    const std::size_t n = std::min<std::uint64_t>(reader_.capacity(), values_end - at);
+    const std::size_t n = std::min<std::uint64_t>(kTokenChunk, values_end - at);
     const unsigned char* p = reader_.at(at, n);
     if (p == nullptr) return false;
     crc = crc32c(p, n, crc);
@@ -157,46 +158,52 @@ LogCursor::Frame LogCursor::next() {
   return Frame::kRecord;
 }
 
-LogScan scan_log(const ReadableFile& file, const std::string& path, const Digest& identity,
-                 std::uint64_t begin,
-                 const std::function<void(const Record&, std::uint64_t)>& on_record) {
-  LogScan scan;
-  scan.size = file.size();
+LogHead read_log_head(const ReadableFile& file, const std::string& path, const Digest& identity) {
+  LogHead head;
+  head.size = file.size();
   std::array<unsigned char, kLogHeader> header{};
   const bool whole = file.read_at(0, header.data(), header.size()) == header.size();
   const auto problem = header_problem(header.data(), path, identity);
   const bool readable = whole && !problem;
-  if (readable) scan.log_id = load_le<std::uint64_t>(header.data() + 32);
+  if (readable) head.log_id = load_le<std::uint64_t>(header.data() + 32);
   const auto last =
-      last_marker(file, scan.size, readable ? std::optional(scan.log_id) : std::nullopt);
+      last_marker(file, head.size, readable ? std::optional(head.log_id) : std::nullopt);
   if (problem) {
     // Before the first marker the header was not promised either: a writer died creating the log.
     const bool torn =
         !whole || problem->code == StoreCode::kDamaged || all_zero(header.data(), header.size());
-    if (last || !torn) {
-      if (problem->code != StoreCode::kDamaged) throw *problem;
-      scan.damage.push_back({0, "the header is damaged"});
-      scan.damage_count = 1;
-      scan.committed = last->offset + kMarkerPair;
-      return scan;
-    }
+    if ((last || !torn) && problem->code != StoreCode::kDamaged) throw *problem;
+    head.header_damaged = last.has_value();
   }
   if (!last) {
-    if (scan.size > 0 && (problem || scan.size > kLogHeader))
-      scan.discardable = Finding{problem ? 0 : kLogHeader, "never confirmed by a sync"};
+    if (head.size > 0 && (problem || head.size > kLogHeader))
+      head.discardable = Finding{problem ? 0 : kLogHeader, "never confirmed by a sync"};
+    return head;
+  }
+  head.closed = last->closed;
+  head.committed = last->offset + kMarkerPair;
+  if (head.size > head.committed)
+    head.discardable = Finding{head.committed, "never confirmed by a sync"};
+  else if (head.size < head.committed)
+    head.discardable = Finding{last->offset + kCell, "second copy of a marker not written"};
+  return head;
+}
+
+LogScan scan_log(const ReadableFile& file, const LogHead& head, std::uint64_t begin,
+                 const std::function<void(const Record&, std::uint64_t)>& on_record) {
+  LogScan scan;
+  const auto damage = [&scan](std::uint64_t offset, const char* what) {
+    ++scan.damage_count;
+    if (scan.damage.size() < kMaxFindings) scan.damage.push_back({offset, what});
+  };
+  if (head.header_damaged) {
+    damage(0, "the header is damaged");
     return scan;
   }
-  scan.closed = last->closed;
-  scan.committed = std::min(scan.size, last->offset + kMarkerPair);
-  LogCursor cursor(file, std::max<std::uint64_t>(begin, kLogHeader), last->offset + kMarkerPair,
-                   true);
+  LogCursor cursor(file, std::max<std::uint64_t>(begin, kLogHeader), head.committed, true);
   for (;;) {
     switch (cursor.next()) {
       case LogCursor::Frame::kEnd:
-        if (scan.size > scan.committed)
-          scan.discardable = Finding{scan.committed, "never confirmed by a sync"};
-        else if (scan.size < last->offset + kMarkerPair)
-          scan.discardable = Finding{last->offset + kCell, "second copy of a marker not written"};
         return scan;
       case LogCursor::Frame::kRecord:
         ++scan.records;
@@ -205,8 +212,7 @@ LogScan scan_log(const ReadableFile& file, const std::string& path, const Digest
       case LogCursor::Frame::kMarker:
         break;
       case LogCursor::Frame::kBad:
-        ++scan.damage_count;
-        if (scan.damage.size() < kMaxFindings) scan.damage.push_back({cursor.offset, cursor.what});
+        damage(cursor.offset, cursor.what);
         break;
     }
   }

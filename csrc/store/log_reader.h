@@ -1,6 +1,7 @@
 // Reads logs: which bytes were promised, whether they are still what was written, and the records.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -16,11 +17,10 @@ namespace fusedpo {
 // Bytes of a file at any offset, through a buffer; for sequential reading.
 class BufferedReader {
  public:
-  explicit BufferedReader(const ReadableFile& file, std::size_t capacity = std::size_t{1} << 18)
-      : file_(file), buffer_(capacity) {}
+  explicit BufferedReader(const ReadableFile& file)
+      : file_(file), buffer_(std::min<std::uint64_t>(std::size_t{1} << 18, file.size())) {}
   // `size` bytes at `offset`, valid until the next call; null when the file ends before.
   const unsigned char* at(std::uint64_t offset, std::size_t size);
-  std::size_t capacity() const { return buffer_.size(); }
 
  private:
   const ReadableFile& file_;
@@ -64,22 +64,29 @@ struct Finding {
   std::string what;
 };
 
-struct LogScan {
+// What the header and the last marker tell. Reading it does not depend on the size of the log.
+struct LogHead {
   std::uint64_t log_id = 0;
   std::uint64_t committed = 0;  // end of the promised bytes; 0 when nothing was ever promised
   std::uint64_t size = 0;
-  std::uint64_t records = 0;  // promised and readable
   bool closed = false;
-  std::vector<Finding> damage;         // of promised bytes, in order of their offsets; at most 1000
-  std::uint64_t damage_count = 0;      // all of them
+  bool header_damaged = false;
   std::optional<Finding> discardable;  // bytes that were never promised
 };
 
-// Calls `on_record(record, offset)` for every promised record. `begin` is 0, or a `committed` of an
-// earlier scan of the same log: then only what came after it is read. Throws kBadMagic,
-// kFutureVersion, kForeignEndianness or kIdentity for a log that is none of this store's.
-LogScan scan_log(const ReadableFile& file, const std::string& path, const Digest& identity,
-                 std::uint64_t begin,
+struct LogScan {
+  std::uint64_t records = 0;       // promised and readable
+  std::vector<Finding> damage;     // of promised bytes, in order of their offsets; at most 1000
+  std::uint64_t damage_count = 0;  // all of them
+};
+
+// Throws kBadMagic, kFutureVersion, kForeignEndianness or kIdentity for a log that is none of this
+// store's.
+LogHead read_log_head(const ReadableFile& file, const std::string& path, const Digest& identity);
+
+// Reads the promised bytes from `begin` on, 0 or the `committed` of an earlier head of the same
+// log, and calls `on_record(record, offset)` for every record.
+LogScan scan_log(const ReadableFile& file, const LogHead& head, std::uint64_t begin,
                  const std::function<void(const Record&, std::uint64_t)>& on_record);
 
 // The values of the record whose cell is at `offset`, from the bytes of the log. Throws kDamaged.

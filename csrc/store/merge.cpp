@@ -28,13 +28,15 @@ void take_over(FileSystem& files, const std::string& directory, std::string* nam
 }
 
 struct Scanned {
+  LogHead head;
   LogScan scan;
   std::uint64_t token_values = 0;
 };
 
 Scanned scan_strictly(const ReadableFile& file, const std::string& path, const Digest& identity) {
   Scanned scanned;
-  scanned.scan = scan_log(file, path, identity, 0, [&](const Record& record, std::uint64_t) {
+  scanned.head = read_log_head(file, path, identity);
+  scanned.scan = scan_log(file, scanned.head, 0, [&](const Record& record, std::uint64_t) {
     if (record.has_tokens) scanned.token_values += record.num_tokens;
   });
   if (scanned.scan.damage_count > 0) {
@@ -55,25 +57,25 @@ Inputs open_inputs(FileSystem& files, const std::string& directory, const StoreI
     std::string path = join(directory, name);
     auto file = files.open(path);
     Scanned scanned = scan_strictly(*file, path, identity.digest);
-    if (options.abandoned && !scanned.scan.closed && !is_taken(name)) {
+    if (options.abandoned && !scanned.head.closed && !is_taken(name)) {
       take_over(files, directory, &name);
       path = join(directory, name);
       file = files.open(path);  // opened again: a network file system then asks its server
       scanned = scan_strictly(*file, path, identity.digest);
     }
-    const LogScan& scan = scanned.scan;
-    inputs.records += scan.records;
+    const LogHead& head = scanned.head;
+    inputs.records += scanned.scan.records;
     inputs.token_values += scanned.token_values;
-    if (scan.closed || is_taken(name)) {
+    if (head.closed || is_taken(name)) {
       inputs.removable.push_back(name);
-      if (scan.discardable)
-        report->discarded.push_back(name + ": " + std::to_string(scan.size - scan.committed) +
-                                    " bytes at offset " + std::to_string(scan.discardable->offset) +
-                                    ", " + scan.discardable->what);
+      if (head.discardable)
+        report->discarded.push_back(name + ": the bytes from offset " +
+                                    std::to_string(head.discardable->offset) + " on, " +
+                                    head.discardable->what);
     } else {
       report->kept_logs.push_back(name);
     }
-    inputs.logs.push_back({path, std::move(file), scan.committed, scan.records});
+    inputs.logs.push_back({path, std::move(file), head.committed, scanned.scan.records});
   }
   for (const std::string& name : listing.snapshots) {
     inputs.snapshots.push_back(std::make_unique<Snapshot>(files, join(directory, name), identity));

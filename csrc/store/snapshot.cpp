@@ -142,11 +142,10 @@ void Snapshot::damaged(std::uint64_t offset, const std::string& what) const {
                        "verify lists all damage");
 }
 
-bool Snapshot::has_tokens(std::uint64_t i, std::uint32_t num_tokens) const {
-  if (layout_.token_values == 0) return false;
+std::uint64_t Snapshot::token_count(std::uint64_t i) const {
+  if (layout_.token_values == 0) return 0;
   const unsigned char* p = bytes_.data() + layout_.token_offsets + 8 * i;
-  const auto begin = load_le<std::uint64_t>(p), end = load_le<std::uint64_t>(p + 8);
-  return end != begin && num_tokens > 0;
+  return load_le<std::uint64_t>(p + 8) - load_le<std::uint64_t>(p);
 }
 
 bool Snapshot::read(std::uint64_t i, Record* record) const {
@@ -157,7 +156,7 @@ bool Snapshot::read(std::uint64_t i, Record* record) const {
   std::memcpy(cell + 24, data + layout_.num_tokens + 4 * i, 4);
   std::memcpy(cell + 28, data + layout_.crcs + 4 * i, 4);
   if (!record->decode(cell)) return false;
-  record->has_tokens = has_tokens(i, record->num_tokens);
+  record->has_tokens = token_count(i) != 0;
   return true;
 }
 
@@ -166,6 +165,10 @@ Record Snapshot::at(std::uint64_t i) const {
   if (!read(i, &record))
     damaged(layout_.keys + 16 * i,
             "the checksum of record " + std::to_string(i) + " does not hold");
+  // A damaged range must neither lose token values in silence nor invent any. Where there are
+  // values, read_tokens checks them.
+  if (record.has_tokens ? token_count(i) != record.num_tokens : token_problem(i, record) != nullptr)
+    damaged(layout_.token_offsets + 8 * i, token_problem(i, record));
   return record;
 }
 

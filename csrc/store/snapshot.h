@@ -50,9 +50,10 @@ class Snapshot {
 
   Key key(std::uint64_t i) const { return Key::load(bytes_.data() + layout_.keys + 16 * i); }
   const unsigned char* keys() const { return bytes_.data() + layout_.keys; }
-  // False when the record's checksum does not hold.
+  // False when the record's checksum does not hold. Where has_tokens is set, token_problem() tells
+  // whether there really are values.
   bool read(std::uint64_t i, Record* record) const;
-  // The same, as an error. has_tokens is set where there are token values.
+  // The same, as an error; has_tokens is right.
   Record at(std::uint64_t i) const;
   // Throws kDamaged.
   void read_tokens(std::uint64_t i, const Record& record, float* values) const;
@@ -66,7 +67,7 @@ class Snapshot {
   void release_memory() const { mapping_->release_memory(); }
 
  private:
-  bool has_tokens(std::uint64_t i, std::uint32_t num_tokens) const;
+  std::uint64_t token_count(std::uint64_t i) const;
   [[noreturn]] void damaged(std::uint64_t offset, const std::string& what) const;
 
   std::string path_;

@@ -117,7 +117,8 @@ void SortedRecords::fill() {
   }
   std::uint64_t seen = 0;
   for (std::size_t s = 0; s < logs_.size(); ++s) {
-    LogCursor cursor(*logs_[s].file, kLogHeader, logs_[s].committed, false);
+    // What is skipped where it is damaged must be checked here; else the scan has checked it.
+    LogCursor cursor(*logs_[s].file, kLogHeader, logs_[s].committed, damage_ == Damage::kSkip);
     for (;;) {
       const LogCursor::Frame frame = cursor.next();
       if (frame == LogCursor::Frame::kEnd) break;
@@ -153,7 +154,9 @@ bool SortedRecords::snapshot_item(std::size_t s, Item* item) {
                              ". Run verify");
       return true;
     }
-    if (snapshot.read(row, &item->record)) return true;
+    if (!snapshot.read(row, &item->record)) continue;
+    if (snapshot.token_problem(row, item->record) != nullptr) item->record.has_tokens = false;
+    return true;
   }
   return false;
 }

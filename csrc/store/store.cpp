@@ -23,7 +23,7 @@ void Store::refresh() {
   const auto previous = view();
   std::shared_ptr<const View> fresh;
   with_stable_listing(files_, directory_, [&](const StoreFiles& listing) {
-    fresh = std::make_shared<View>(files_, directory_, identity_, listing, previous.get());
+    fresh = std::make_shared<View>(files_, directory_, identity_, listing, previous);
   });
   const std::lock_guard lock(mutex_);
   view_ = std::move(fresh);

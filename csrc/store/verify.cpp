@@ -56,18 +56,15 @@ class Verifier {
     auto file = files_.open(path);
     FileReport summary{name, "log", file->size(), 0, false};
     try {
-      const LogScan scan =
-          scan_log(*file, path, identity_.digest, 0, [](const Record&, std::uint64_t) {});
+      const LogHead head = read_log_head(*file, path, identity_.digest);
+      const LogScan scan = scan_log(*file, head, 0, [](const Record&, std::uint64_t) {});
       for (const Finding& finding : scan.damage) problem(name, finding.offset, finding.what);
       report_.problem_count += scan.damage_count - scan.damage.size();
-      if (scan.discardable)
-        report_.notes.push_back(
-            {name, scan.discardable->offset,
-             std::to_string(scan.size - std::min(scan.size, scan.discardable->offset)) +
-                 " bytes: " + scan.discardable->what});
+      if (head.discardable)
+        report_.notes.push_back({name, head.discardable->offset, head.discardable->what});
       summary.records = scan.records;
-      summary.closed = scan.closed;
-      if (scan.records > 0) logs_.push_back({path, std::move(file), scan.committed, scan.records});
+      summary.closed = head.closed;
+      if (scan.records > 0) logs_.push_back({path, std::move(file), head.committed, scan.records});
     } catch (const StoreError& e) {
       if (e.code == StoreCode::kMissing) throw;
       problem(name, e.offset, e.what());

@@ -19,89 +19,103 @@ std::string first_damage(const std::string& path, const LogScan& scan) {
 }  // namespace
 
 View::View(FileSystem& files, const std::string& directory, const StoreIdentity& identity,
-           const StoreFiles& listing, const View* previous)
+           const StoreFiles& listing, const std::shared_ptr<const View>& previous)
     : directory_(directory), tolerance_(identity.tolerance) {
   for (const std::string& name : listing.snapshots) {
     const std::string path = join(directory, name);
-    const auto known = [&](const std::shared_ptr<const Snapshot>& s) { return s->path() == path; };
-    if (previous != nullptr) {
-      // Equal names have equal content.
-      const auto& old = previous->snapshots_;
-      const auto it = std::find_if(old.begin(), old.end(), known);
-      if (it != old.end()) {
-        snapshots_.push_back(*it);
-        continue;
-      }
-    }
+    std::shared_ptr<const Snapshot> known;
+    if (previous != nullptr)  // equal names have equal content
+      for (const auto& snapshot : previous->snapshots_)
+        if (snapshot->path() == path) known = snapshot;
     try {
-      snapshots_.push_back(std::make_shared<Snapshot>(files, path, identity));
+      snapshots_.push_back(known ? known : std::make_shared<Snapshot>(files, path, identity));
     } catch (const StoreError& e) {
       if (e.code != StoreCode::kDamaged) throw;
-      keep_damage(e);
+      if (!damage_) damage_ = e;
     }
   }
-  for (const std::string& name : listing.logs) read_log(files, name, identity, previous);
-  index(previous);
+  for (const std::string& name : listing.logs) {
+    const std::string path = join(directory, name);
+    const auto log = std::make_shared<Log>();
+    log->name = name;
+    log->file = files.open(path);
+    log->head = read_log_head(*log->file, path, identity.digest);
+    if (log->head.committed > 0) log->mapping = files.map(path);
+    logs_.push_back(log);
+  }
+  if (previous == nullptr) return;
+  const std::lock_guard lock(previous->index_mutex_);
+  base_ = previous->indexed_ ? previous : previous->base_;
 }
 
-void View::keep_damage(const StoreError& error) {
-  if (!damage_) damage_ = error;
+const View::Index& View::index() const {
+  if (!indexed_) {
+    const std::lock_guard lock(index_mutex_);
+    if (!indexed_) make_index();
+  }
+  return index_;
 }
 
-void View::throw_damage() const {
+const View::Index& View::sound_index() const {
   if (damage_) throw *damage_;
+  const Index& found = index();
+  if (found.damage) throw *found.damage;
+  return found;
 }
 
-void View::read_log(FileSystem& files, const std::string& name, const StoreIdentity& identity,
-                    const View* previous) {
-  const std::string path = join(directory_, name);
-  std::shared_ptr<const Log> old;
-  if (previous != nullptr)
-    for (const auto& log : previous->logs_)
-      if (log->name == name) old = log;
-  const auto number = static_cast<std::uint32_t>(logs_.size());
-  const auto log = std::make_shared<Log>();
-  log->name = name;
-  const auto file = files.open(path);
-  const std::size_t fresh = fresh_.size();
-  log->scan = scan_log(*file, path, identity.digest, old ? old->scan.committed : 0,
-                       [&](const Record& record, std::uint64_t offset) {
-                         fresh_.push_back({record.key, number, offset});
-                       });
-  if (log->scan.damage_count > 0) {
-    fresh_.resize(fresh);
-    keep_damage(StoreError(StoreCode::kDamaged, path, log->scan.damage.front().offset,
-                           first_damage(path, log->scan)));
+void View::make_index() const {
+  Index made;
+  std::vector<Entry> fresh;
+  // A log that the base has read already is read on from there, under its new number here.
+  constexpr std::uint32_t kGone = ~std::uint32_t{0};
+  std::vector<std::uint32_t> number;
+  std::map<std::string, std::size_t> base_logs;
+  if (base_ != nullptr) {
+    number.assign(base_->logs_.size(), kGone);
+    for (std::size_t i = 0; i < base_->logs_.size(); ++i) base_logs[base_->logs_[i]->name] = i;
   }
-  if (old && log->scan.damage_count == 0) {
-    log->scan.records += old->scan.records;
-    if (log->scan.committed == old->scan.committed) {
-      logs_.push_back(old);
-      return;
+  for (std::uint32_t i = 0; i < logs_.size(); ++i) {
+    const Log& log = *logs_[i];
+    std::uint64_t begin = 0, records = 0;
+    const auto known = base_logs.find(log.name);
+    if (known != base_logs.end() && !base_->index_.damage) {
+      const LogHead& old = base_->logs_[known->second]->head;
+      // The same file, not another one that has taken its name.
+      if (old.log_id == log.head.log_id && old.committed <= log.head.committed) {
+        begin = old.committed;
+        records = base_->index_.records[known->second];
+        number[known->second] = i;
+      }
+    }
+    const LogScan scan =
+        scan_log(*log.file, log.head, begin, [&](const Record& record, std::uint64_t offset) {
+          fresh.push_back({record.key, i, offset});
+        });
+    made.records.push_back(records + scan.records);
+    if (scan.damage_count > 0 && !made.damage) {
+      const std::string path = join(directory_, log.name);
+      made.damage = StoreError(StoreCode::kDamaged, path, scan.damage.front().offset,
+                               first_damage(path, scan));
     }
   }
-  if (log->scan.committed > 0) log->mapping = files.map(path);
-  logs_.push_back(log);
-}
-
-void View::index(const View* previous) {
-  std::sort(fresh_.begin(), fresh_.end());
-  if (previous != nullptr) {
-    // The old entries of logs that are still there, under the logs' new numbers; still sorted.
-    std::map<std::string, std::uint32_t> numbers;
-    for (std::uint32_t i = 0; i < logs_.size(); ++i)
-      if (logs_[i]->mapping != nullptr) numbers[logs_[i]->name] = i;
-    for (Entry entry : previous->entries_) {
-      const auto it = numbers.find(previous->logs_[entry.log]->name);
-      if (it == numbers.end()) continue;
-      entry.log = it->second;
-      entries_.push_back(entry);
+  std::sort(fresh.begin(), fresh.end());
+  if (base_ != nullptr) {
+    for (Entry entry : base_->index_.entries) {
+      if (number[entry.log] == kGone) continue;
+      entry.log = number[entry.log];
+      made.entries.push_back(entry);
     }
   }
-  const auto middle = static_cast<std::ptrdiff_t>(entries_.size());
-  entries_.insert(entries_.end(), fresh_.begin(), fresh_.end());
-  std::inplace_merge(entries_.begin(), entries_.begin() + middle, entries_.end());
-  std::vector<Entry>().swap(fresh_);
+  if (made.entries.empty()) {
+    made.entries = std::move(fresh);
+  } else {
+    const auto middle = static_cast<std::ptrdiff_t>(made.entries.size());
+    made.entries.insert(made.entries.end(), fresh.begin(), fresh.end());
+    std::inplace_merge(made.entries.begin(), made.entries.begin() + middle, made.entries.end());
+  }
+  index_ = std::move(made);
+  base_ = nullptr;
+  indexed_ = true;
 }
 
 Record View::log_record(const Entry& entry) const {
@@ -119,7 +133,7 @@ Record View::log_record(const Entry& entry) const {
 // Calls on_value(j, record, place) for every value of key j.
 template <class OnValue>
 void View::each_value(const unsigned char* keys, std::size_t n, OnValue&& on_value) const {
-  throw_damage();
+  const std::vector<Entry>& entries = sound_index().entries;
   constexpr std::size_t kBatch = 256;
   std::int64_t rows[kBatch];
   for (const auto& snapshot : snapshots_) {
@@ -133,18 +147,18 @@ void View::each_value(const unsigned char* keys, std::size_t n, OnValue&& on_val
       }
     }
   }
-  if (entries_.empty()) return;
+  if (entries.empty()) return;
   struct Sorted {
-    const Entry* entries;
-    Key operator()(std::uint64_t i) const { return entries[i].key; }
-    void prefetch(std::uint64_t i) const { __builtin_prefetch(entries + i); }
+    const Entry* first;
+    Key operator()(std::uint64_t i) const { return first[i].key; }
+    void prefetch(std::uint64_t i) const { __builtin_prefetch(first + i); }
   };
   const auto target = [keys](std::size_t j) { return Key::load(keys + 16 * j); };
-  lower_bounds(Sorted{entries_.data()}, entries_.size(), target, n,
+  lower_bounds(Sorted{entries.data()}, entries.size(), target, n,
                [&](std::size_t j, std::uint64_t i) {
-                 for (; i < entries_.size() && entries_[i].key == target(j); ++i) {
-                   const Log* log = logs_[entries_[i].log].get();
-                   on_value(j, log_record(entries_[i]), Place{nullptr, log, entries_[i].offset});
+                 for (; i < entries.size() && entries[i].key == target(j); ++i) {
+                   const Log* log = logs_[entries[i].log].get();
+                   on_value(j, log_record(entries[i]), Place{nullptr, log, entries[i].offset});
                  }
                });
 }
@@ -195,7 +209,7 @@ void View::lookup_tokens(const unsigned char* keys, const Record* records, std::
 }
 
 std::uint64_t View::size() const {
-  throw_damage();
+  const std::vector<Entry>& entries = sound_index().entries;
   std::uint64_t count = 0;
   std::vector<unsigned char> keys;
   std::vector<std::int64_t> rows;
@@ -223,10 +237,10 @@ std::uint64_t View::size() const {
     }
     count_new(s);
   }
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
-    if (i > 0 && entries_[i].key == entries_[i - 1].key) continue;
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    if (i > 0 && entries[i].key == entries[i - 1].key) continue;
     unsigned char raw[16];
-    entries_[i].key.store(raw);
+    entries[i].key.store(raw);
     keys.insert(keys.end(), raw, raw + 16);
     if (keys.size() >= kBatch) count_new(snapshots_.size());
   }

@@ -2,8 +2,10 @@
 // yet. Fixed once it is made; refreshing makes another one.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -16,14 +18,15 @@
 
 namespace fusedpo {
 
-// Safe for use by many threads at once. Memory of its own: 32 bytes for every record in a log; the
-// pages of the files are shared with all processes that read them.
+// Safe for use by many threads at once. Making one reads the first and the last bytes of the files
+// only. The first use reads the logs and takes memory of its own: 32 bytes for every record in a
+// log. Everything else are pages of the files, shared with all processes that read them.
 class View {
  public:
   // Reuses what `previous` (may be null) has read. Throws kMissing when a listed file is gone.
   // Damage is kept, and thrown by the first use, so that verify() can be called.
   View(FileSystem& files, const std::string& directory, const StoreIdentity& identity,
-       const StoreFiles& listing, const View* previous);
+       const StoreFiles& listing, const std::shared_ptr<const View>& previous);
 
   // For each of n keys (16 bytes each) its record, or num_tokens = 0 where there is none. Several
   // values within the tolerance: the one that a merge would keep. Throws kContradiction, kDamaged.
@@ -33,15 +36,16 @@ class View {
                      float* values) const;
 
   std::uint64_t size() const;  // distinct keys
-  void throw_damage() const;
 
   struct Log {
     std::string name;
-    std::unique_ptr<Mapping> mapping;  // null when nothing was promised
-    LogScan scan;
+    LogHead head;
+    std::unique_ptr<ReadableFile> file;  // stays readable when a merge removes it
+    std::unique_ptr<Mapping> mapping;
   };
   const std::vector<std::shared_ptr<const Log>>& logs() const { return logs_; }
   const std::vector<std::shared_ptr<const Snapshot>>& snapshots() const { return snapshots_; }
+  std::uint64_t records_in_log(std::size_t log) const { return index().records[log]; }
 
  private:
   struct Entry {
@@ -50,28 +54,34 @@ class View {
     std::uint64_t offset = 0;
     bool operator<(const Entry& other) const { return key < other.key; }
   };
+  struct Index {
+    std::vector<Entry> entries;          // of all logs, sorted by key
+    std::vector<std::uint64_t> records;  // of each log
+    std::optional<StoreError> damage;
+  };
   struct Place {  // of a value: a snapshot's row or a log's offset
     const Snapshot* snapshot = nullptr;
     const Log* log = nullptr;
     std::uint64_t position = 0;
   };
 
-  void read_log(FileSystem& files, const std::string& name, const StoreIdentity& identity,
-                const View* previous);
-  void index(const View* previous);
+  const Index& index() const;  // made when it is first needed
+  void make_index() const;
+  const Index& sound_index() const;  // throws the damage that was found
   template <class OnValue>
   void each_value(const unsigned char* keys, std::size_t n, OnValue&& on_value) const;
   Record log_record(const Entry& entry) const;
-  void keep_damage(const StoreError& error);
 
   std::string directory_;
   double tolerance_;
   std::vector<std::shared_ptr<const Snapshot>> snapshots_;
   std::vector<std::shared_ptr<const Log>> logs_;
-  std::vector<Entry> entries_;  // of all logs, sorted by key
-  std::vector<Entry> fresh_;    // while the view is made: what `previous` has not
-  std::optional<StoreError> damage_;
-  std::uint64_t damage_count_ = 0;
+  std::optional<StoreError> damage_;  // of snapshots
+
+  mutable std::mutex index_mutex_;
+  mutable std::atomic<bool> indexed_ = false;
+  mutable Index index_;
+  mutable std::shared_ptr<const View> base_;  // an indexed view to start from, until indexed
 };
 
 }  // namespace fusedpo

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._store_error import StoreError
+from ._store_keys import record_keys
 
 if TYPE_CHECKING:
     from .store import RefStore
@@ -71,8 +72,6 @@ def _keys(
     batch: Mapping[str, Any], column: str, max_length: int | None, mode: str
 ) -> tuple[Any, list[int]]:
     """(keys, num_tokens) of one column of completions."""
-    from .store import record_keys
-
     pairs = [
         truncate(list(p), list(c), max_length, mode)
         for p, c in zip(batch["prompt_ids"], batch[column], strict=True)
@@ -104,11 +103,11 @@ def add_columns(store: RefStore, dataset: Any, max_length: int | None, mode: str
         )
     flat = {name: np.concatenate(v) if v else np.zeros(0) for name, v in values.items()}
     if isinstance(dataset, Mapping):
-        return {**dataset, **{name: column.tolist() for name, column in flat.items()}}
-    for name, column in flat.items():
+        return {**dataset, **{name: values_of.tolist() for name, values_of in flat.items()}}
+    for name, values_of in flat.items():
         if name in dataset.column_names:
             dataset = dataset.remove_columns(name)
-        dataset = dataset.add_column(name, column)
+        dataset = dataset.add_column(name, values_of)
     return dataset
 
 

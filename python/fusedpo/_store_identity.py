@@ -37,7 +37,7 @@ def digest(text: str) -> str:
 
 
 def normalised(identity: Any) -> dict[str, Any]:
-    """The identity as JSON gives it back (tuples are lists). Raises StoreError for other objects."""
+    """The identity as JSON gives it back: tuples are lists. Raises StoreError for the rest."""
     if not isinstance(identity, dict):
         raise StoreError(
             f"identity must be a dict of JSON values; got {type(identity).__name__}", "bad_value"
@@ -146,3 +146,14 @@ def check(identity: dict[str, Any], stored: dict[str, Any], path: pathlib.Path) 
             "identity",
             str(path),
         )
+
+
+def read(folder: pathlib.Path) -> tuple[dict[str, Any], float] | None:
+    """(identity, tolerance) of the store in a directory, None where there is no store."""
+    path = folder / NAME
+    try:
+        return parse(path.read_bytes(), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise StoreError(f"cannot read {path}: {e.strerror}", "io", str(path)) from e

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# run_tsan.sh VENV: readers, writers and merges of one store under the thread sanitizer.
+set -euo pipefail
+venv=$1
+FUSEDPO_TARGET=store_threads_test scripts/build_cpp_tests.sh "$venv" build/tsan \
+  -DFUSEDPO_SANITIZE_THREADS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+test=(build/tsan/tests/cpp/store_threads_test --gtest_brief=1)
+# Kernels that spread addresses wider than the sanitizer expects need fixed ones.
+if "${test[@]}" --gtest_list_tests > /dev/null 2>&1; then
+  "${test[@]}"
+elif command -v setarch > /dev/null && setarch -R "${test[@]}" --gtest_list_tests > /dev/null 2>&1; then
+  setarch -R "${test[@]}"
+else
+  echo "fusedpo: the thread sanitizer did NOT run: it cannot start on this system" >&2
+fi
