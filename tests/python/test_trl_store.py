@@ -382,6 +382,15 @@ def test_what_a_store_cannot_serve_is_refused_before_anything_is_made(
     assert not (tmp_path / "refs").exists()
 
 
+def test_images_are_refused_because_keys_do_not_cover_them(tmp_path: pathlib.Path) -> None:
+    rows = [row | {"image": "a.png"} for row in make_pairs(4)]
+    with pytest.raises(ValueError, match="two images under one text would share a value"):
+        with_store(tmp_path, tmp_path / "refs", rows=rows)
+    batch = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="the batch also has pixel_values"):
+        records_of_batch(batch | {"pixel_values": torch.ones(2, 3, 4, 4)})
+
+
 def test_a_store_that_is_not_there_is_an_error_where_nothing_may_be_computed(
     tmp_path: pathlib.Path,
 ) -> None:

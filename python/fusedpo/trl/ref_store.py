@@ -50,7 +50,9 @@ class RefStoreOptions:
     own: bool  # made by the trainer below output_dir, one folder for each reference
 
     @staticmethod
-    def of(ref_store: Any, ref_miss: str, ref_identity: str, args: Any) -> RefStoreOptions | None:
+    def of(
+        ref_store: Any, ref_miss: str, ref_identity: str, args: Any, train_dataset: Any
+    ) -> RefStoreOptions | None:
         """Return the options, or None for a training without a store.
 
         Raises:
@@ -63,8 +65,13 @@ class RefStoreOptions:
         own = ref_store is None
         if own and not args.precompute_ref_log_probs:
             return None
+        name = "precompute_ref_log_probs=True" if own else "ref_store"
+        if {"image", "images"} & set(getattr(train_dataset, "column_names", None) or ()):
+            raise ValueError(
+                f"{name} works on text; this data set has images. The keys of a store are made of "
+                "token ids, so two images under one text would share a value."
+            )
         if args.sync_ref_model:
-            name = "precompute_ref_log_probs=True" if own else "ref_store"
             raise ValueError(
                 f"{name} needs a reference that stays as it is; sync_ref_model=True replaces it "
                 "during training. Use one of the two."

@@ -84,7 +84,9 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         # Wrong options are refused before a model is loaded.
         self._loss_call = loss_call(args)
-        store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args)
+        # The second argument after `args`.
+        train_dataset = keywords.get("train_dataset", rest[1] if len(rest) > 1 else None)
+        store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args, train_dataset)
         with _construct(args, without_reference=store is not None):
             super().__init__(model, ref_model, args, *rest, **keywords)
         self._stored_reference = None
