@@ -32,22 +32,48 @@ from trl_helpers import make_model, make_pairs, make_tokenizer
 
 ELSEWHERE, WRITE, SYNC, MERGE = range(4)
 NAMES = ("elsewhere", "write", "sync", "merge")
-_STATE = struct.Struct("<QQ")  # what the child is at; records confirmed by a sync so far
+_STATE = struct.Struct("<QQQ")  # what the child is at; records synced so far; calls so far
 
 
 class Shared:
-    """Two numbers that outlive the child."""
+    """Three numbers that outlive the child, and a pipe by which it tells of one of its calls."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self.set(ELSEWHERE, 0)
 
-    def set(self, phase: int, synced: int) -> None:
-        self._memory[: _STATE.size] = _STATE.pack(phase, synced)
+    def reset(self, target: int | str | None) -> None:
+        """`target`: which of the marked calls to tell of, by number or by name."""
+        self.target = target
+        self.set(ELSEWHERE, 0, 0)
+        self.reader, self.writer = os.pipe()
 
-    def get(self) -> tuple[int, int]:
-        phase, synced = _STATE.unpack(self._memory[: _STATE.size])
-        return phase, synced
+    def set(self, phase: int, synced: int, calls: int) -> None:
+        self._memory[: _STATE.size] = _STATE.pack(phase, synced, calls)
+
+    def get(self) -> tuple[int, int, int]:
+        phase, synced, calls = _STATE.unpack(self._memory[: _STATE.size])
+        return phase, synced, calls
+
+    def begin(self, phase: int) -> None:
+        _, synced, calls = self.get()
+        self.set(phase, synced, calls + 1)
+        if self.target in (calls + 1, NAMES[phase]):
+            os.write(self.writer, b"x")
+
+    def end(self, synced: int) -> None:
+        _, before, calls = self.get()
+        self.set(ELSEWHERE, max(before, synced), calls)
+
+    def wait(self) -> None:
+        """Block until the child is at its target, or has ended."""
+        os.close(self.writer)
+        self.writer = -1
+        os.read(self.reader, 1)
+
+    def close(self) -> None:
+        os.close(self.reader)
+        if self.writer >= 0:
+            os.close(self.writer)
 
 
 def mark(owner: Any, name: str, phase: int, shared: Shared) -> None:
@@ -55,12 +81,9 @@ def mark(owner: Any, name: str, phase: int, shared: Shared) -> None:
     original = getattr(owner, name)
 
     def marked(self: Any, *args: Any, **keywords: Any) -> Any:
-        synced = shared.get()[1]
-        shared.set(phase, synced)
+        shared.begin(phase)
         result = original(self, *args, **keywords)
-        if phase == SYNC:
-            synced = max(synced, self.records)
-        shared.set(ELSEWHERE, synced)
+        shared.end(self.records if phase == SYNC else 0)
         return result
 
     setattr(owner, name, marked)
@@ -105,31 +128,41 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
         RefStore(path, "a").merge(abandoned=True)
 
     def finish(path: pathlib.Path) -> bytes:
+        shared.reset(None)
         _, status = os.waitpid(child(lambda: run(path)), 0)
+        shared.close()
         assert status == 0, f"a run that nothing killed failed with status {status}"
         return snapshot_bytes(path)
 
     start = time.monotonic()
     want = finish(folder / "reference")
     duration = time.monotonic() - start
+    calls = shared.get()[2]
     values = contents(folder / "reference")
 
     moments = random.Random(seed)
     where: Counter[str] = Counter()
     path, number, resumed = folder / "run0", 0, 0
     while sum(where.values()) < kills:
-        shared.set(ELSEWHERE, 0)
+        # A third of the kills at any moment, the others soon after a call that is drawn.
+        kind = moments.random()
+        target = None if kind < 0.35 else "merge" if kind < 0.5 else moments.randint(1, calls)
+        shared.reset(target)
         pid = child(lambda path=path: run(path))
-        time.sleep(moments.uniform(0, duration))
-        if moments.random() < 0.5:
-            wait_for_the_disk(shared, moments)
+        if target is None:
+            time.sleep(moments.uniform(0, duration))
+        else:
+            shared.wait()
+            time.sleep(moments.choice((0, moments.uniform(0, 0.001))))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        phase, synced = shared.get()
+        phase, synced, _ = shared.get()
         if os.WIFSIGNALED(status):
             where[NAMES[phase]] += 1
+        shared.close()
         check(path, values, synced)
-        if not os.WIFSIGNALED(status) or moments.random() < 0.4:
+        print(f"{sum(where.values())} kills: {dict(where)}", file=sys.stderr)
+        if not os.WIFSIGNALED(status) or moments.random() < 0.3:
             # Finished before the kill, or to be finished now.
             assert finish(path) == want, f"{path} ends with other bytes"
             resumed += 1
@@ -138,13 +171,6 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
             path = folder / f"run{number}"
     assert finish(path) == want
     return {"kills": kills, "where": dict(where), "resumed": resumed + 1, "records": len(values)}
-
-
-def wait_for_the_disk(shared: Shared, moments: random.Random) -> None:
-    deadline = time.monotonic() + 0.2
-    while shared.get()[0] == ELSEWHERE and time.monotonic() < deadline:
-        pass
-    time.sleep(moments.uniform(0, 0.002))
 
 
 def check(path: pathlib.Path, values: dict[bytes, float], synced: int) -> None:
