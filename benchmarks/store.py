@@ -78,9 +78,12 @@ def ours_append(store: fusedpo.RefStore, data: Data) -> None:
 def ours_merge(folder: pathlib.Path) -> dict[str, Any]:
     """In a process of its own, so that the peak of resident memory is the merge's."""
     code = (
-        "import json, resource, sys, time\n"
+        "import json, sys, time\n"
         "import fusedpo\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        "def peak():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(l.split()[1]) * 1024 for l in lines if l.startswith('VmHWM'))\n"
         "before = peak()\n"
         "wall, cpu = time.perf_counter(), time.process_time()\n"
         "report = fusedpo.RefStore(sys.argv[1], 'a').merge()\n"
@@ -187,7 +190,7 @@ def sqlite_peer(folder: pathlib.Path, data: Data) -> dict[str, Any]:
     db.close()
     result["open"] = best(lambda: sqlite3.connect(path).execute("select 1").fetchone())
     db = sqlite3.connect(path)
-    wanted = [keys[i] for i in data.sample[: LOOKUPS // 4]]
+    wanted = [keys[i] for i in data.sample[: LOOKUPS // 20]]
 
     def lookup() -> None:
         for key in wanted:
@@ -204,9 +207,12 @@ def sqlite_peer(folder: pathlib.Path, data: Data) -> dict[str, Any]:
 
 TARGETS = {  # name -> (path of the figure, bound, whether more is better)
     "append_records_per_s": (("append", "per_s"), 1e6, True),
+    "append_records_per_cpu_s": (("append", "per_cpu_s"), 1e6, True),
     "lookup_keys_per_s": (("lookup", "per_s"), 3e6, True),
+    "lookup_keys_per_cpu_s": (("lookup", "per_cpu_s"), 3e6, True),
     "open_s": (("open", "wall_s"), 0.010, False),
     "merge_s": (("merge", "wall_s"), 20.0, False),
+    "merge_cpu_s": (("merge", "cpu_s"), 20.0, False),
     "merge_resident_bytes": (("merge", "resident_peak_bytes"), 512 * 2**20, False),
 }
 
@@ -241,7 +247,7 @@ def main() -> None:
         "results": results,
     }
     for name, target in targets.items():
-        print(f"{name:24} {target['value']:14.6g}  target {target['target']:.6g}", target["met"])
+        print(f"{name:26} {target['value']:14.6g}  target {target['target']:.6g}", target["met"])
     for name, r in results.items():
         append, lookup = r["append"]["per_s"], r["lookup"]["per_s"]
         opened, size = 1e3 * r["open"]["wall_s"], r["bytes"] / r["records"]

@@ -34,7 +34,7 @@ compiler=$(clang) || { install_clang && compiler=$(clang); } || {
 "$venv/bin/cmake" --build build/fuzz --target store_fuzz
 mkdir -p build/fuzz/corpus
 build/fuzz/tests/fuzz/store_fuzz -max_total_time="$seconds" -max_len=1024 -print_final_stats=1 \
-  -print_funcs=0 build/fuzz/corpus > build/fuzz/store_fuzz.log 2>&1 || {
+  -print_funcs=0 -artifact_prefix=build/fuzz/ build/fuzz/corpus > build/fuzz/store_fuzz.log 2>&1 || {
   tail -n 40 build/fuzz/store_fuzz.log >&2
   exit 1
 }

@@ -78,6 +78,13 @@ const unsigned char* BufferedReader::at(std::uint64_t offset, std::size_t size) 
   return buffer_.data() + (offset - begin_);
 }
 
+std::size_t MappedFile::read_at(std::uint64_t offset, void* to, std::size_t size) const {
+  if (offset >= bytes_.size()) return 0;
+  const std::size_t n = std::min<std::uint64_t>(size, bytes_.size() - offset);
+  std::memcpy(to, bytes_.data() + offset, n);
+  return n;
+}
+
 LogCursor::Frame LogCursor::bad(const char* why) {
   what = why;
   position_ = offset + kCell;

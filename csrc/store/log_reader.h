@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,17 @@ class BufferedReader {
   std::vector<unsigned char> buffer_;
   std::uint64_t begin_ = 0;
   std::size_t filled_ = 0;
+};
+
+// The bytes of a mapping as a file: needs no descriptor, and outlives the removal of the file.
+class MappedFile final : public ReadableFile {
+ public:
+  explicit MappedFile(const Mapping& mapping) : bytes_(mapping.bytes()) {}
+  std::size_t read_at(std::uint64_t offset, void* to, std::size_t size) const override;
+  std::uint64_t size() const override { return bytes_.size(); }
+
+ private:
+  std::span<const unsigned char> bytes_;
 };
 
 // Walks the cells of [begin, end) of a log, which must be a promised range.

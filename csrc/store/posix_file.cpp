@@ -27,6 +27,8 @@ namespace {
     message += ". Free some space and run again: what was synced is kept";
   else if (error == EACCES || error == EPERM || error == EROFS)
     message += ". Check the owner and the permissions of the directory";
+  else if (error == EMFILE)
+    message += ". Raise the limit (ulimit -n), or merge more often";
   else if (missing)
     message += ". Check the path";
   throw StoreError(missing ? StoreCode::kMissing : StoreCode::kIo, path, std::nullopt, message);

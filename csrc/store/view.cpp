@@ -38,8 +38,7 @@ View::View(FileSystem& files, const std::string& directory, const StoreIdentity&
     const std::string path = join(directory, name);
     const auto log = std::make_shared<Log>();
     log->name = name;
-    log->file = files.open(path);
-    log->head = read_log_head(*log->file, path, identity.digest);
+    log->head = read_log_head(*files.open(path), path, identity.digest);
     if (log->head.committed > 0) log->mapping = files.map(path);
     logs_.push_back(log);
   }
@@ -87,10 +86,14 @@ void View::make_index() const {
         number[known->second] = i;
       }
     }
-    const LogScan scan =
-        scan_log(*log.file, log.head, begin, [&](const Record& record, std::uint64_t offset) {
-          fresh.push_back({record.key, i, offset});
-        });
+    LogScan scan;
+    if (log.mapping != nullptr) {
+      scan = scan_log(MappedFile(*log.mapping), log.head, begin,
+                      [&](const Record& record, std::uint64_t offset) {
+                        fresh.push_back({record.key, i, offset});
+                      });
+      log.mapping->release_memory();
+    }
     made.records.push_back(records + scan.records);
     if (scan.damage_count > 0 && !made.damage) {
       const std::string path = join(directory_, log.name);

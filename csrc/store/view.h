@@ -40,8 +40,7 @@ class View {
   struct Log {
     std::string name;
     LogHead head;
-    std::unique_ptr<ReadableFile> file;  // stays readable when a merge removes it
-    std::unique_ptr<Mapping> mapping;
+    std::unique_ptr<Mapping> mapping;  // null when nothing was promised
   };
   const std::vector<std::shared_ptr<const Log>>& logs() const { return logs_; }
   const std::vector<std::shared_ptr<const Snapshot>>& snapshots() const { return snapshots_; }
