@@ -353,6 +353,23 @@ def test_precompute_ref_log_probs_keeps_a_store_below_the_output_directory(
     assert len(list((tmp_path / "ref_store").iterdir())) == 2
 
 
+def test_where_parameters_are_sharded_trl_precomputes_and_a_store_is_refused(
+    tmp_path: pathlib.Path,
+) -> None:
+    trainer = train(
+        FusedDPOTrainer, tmp_path, precompute_ref_log_probs=True, with_ref_model=False, max_steps=1
+    )
+    trainer.is_deepspeed_enabled = trainer.is_fsdp_enabled = False
+    assert trainer._precompute_ref_logps(trainer.train_dataset, "train", 4) is trainer.train_dataset
+    trainer.is_fsdp_enabled = True
+    columns = trainer._precompute_ref_logps(trainer.train_dataset, "train", 4)
+    assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(columns.column_names)
+    trainer = with_store(tmp_path, tmp_path / "refs", max_steps=1)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="under FSDP and DeepSpeed the parameters are sharded"):
+        trainer._precompute_ref_logps(trainer.train_dataset, "train", 4)
+
+
 def test_the_configuration_is_given_back_as_it_was(tmp_path: pathlib.Path) -> None:
     args = make_config(tmp_path, max_steps=1)
     trainer = FusedDPOTrainer(

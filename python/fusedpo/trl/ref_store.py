@@ -84,11 +84,6 @@ class StoredReference:
     """The reference of a trainer that was just built; see the module."""
 
     def __init__(self, trainer: Any, options: RefStoreOptions) -> None:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ValueError(
-                "ref_store works on one process and under DDP; under FSDP and DeepSpeed the "
-                "parameters are sharded. Leave ref_store out there."
-            )
         self._trainer = trainer
         self._options = options
         mixed = trainer.accelerator.mixed_precision
