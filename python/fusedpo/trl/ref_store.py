@@ -113,8 +113,8 @@ class StoredReference:
             if self._append:
                 return str(path), open_store(str(path), self._identity)
             return str(path), RefStore(str(path), mode="r", identity=self._identity)
-        except StoreError:
-            if options.identity != "ignore" or not path.exists():
+        except StoreError as error:
+            if options.identity != "ignore" or error.code != "identity":
                 raise
         store = RefStore(str(path), mode="r")
         differing = differences(self._identity, store.identity)
