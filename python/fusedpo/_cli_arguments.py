@@ -42,8 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
     _export(commands)
     _import(commands)
     _prune(commands)
-    _add(commands, "doctor", "tell what is built, loaded and supported, and what to do about the "
-         "rest", store=False)
+    _add(
+        commands,
+        "doctor",
+        "tell what is built, loaded and supported, and what to do about the rest",
+        store=False,
+    )
     return parser
 
 
@@ -196,8 +200,8 @@ def _length_arguments(group: Any) -> None:
 
 def _scoring_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "how to score", "as in the training, or its records will not be found; the defaults are "
-        "DPOConfig's"
+        "how to score",
+        "as in the training, or its records will not be found; the defaults are DPOConfig's",
     )
     group.add_argument(
         "--ref-adapter", metavar="DIR", help="a PEFT adapter that belongs to the reference"

@@ -1,8 +1,8 @@
 """The `fusedpo` command: one thin function for each subcommand; what they do is in the library.
 
-Results go to stdout (with --json as one JSON object), everything else to stderr. Exit codes: 0 done;
-1 it failed, or a check found something; 2 wrong usage; 130 and 143 interrupted by Ctrl-C and by
-SIGTERM.
+Results go to stdout (with --json as one JSON object), everything else to stderr. Exit codes:
+0 done; 1 it failed, or a check found something; 2 wrong usage; 130 and 143 interrupted by Ctrl-C
+and by SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`fusedpo.precompute`: right values, nothing scored twice, the same bits whatever interrupted it."""
+"""`fusedpo.precompute`: right values, nothing scored twice, the same bits after an interruption."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def records_of(data: str, **options: Any) -> list[Any]:
     return source.records(range(len(source)))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2 softcap", "phi head with bias", "granite logits_scaling"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2 softcap", "phi head with bias", "granite logits_scaling"]
+)
 def test_values_are_exact_to_rounding(family: str, tmp_path: pathlib.Path) -> None:
     inputs = write_inputs(tmp_path, rows=20, family=family)
     path = str(tmp_path / "refs")

@@ -158,7 +158,9 @@ def test_the_scale_of_an_adapter_counts() -> None:
     one, other = (
         trained(get_peft_model(make_model(), lora(lora_alpha=alpha))) for alpha in (8, 16)
     )
-    for (_, mine), (_, theirs) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+    for (_, mine), (_, theirs) in zip(
+        one.named_parameters(), other.named_parameters(), strict=True
+    ):
         theirs.data.copy_(mine.data)
     assert differing(one, other) == {"adapter.parameters"}
 
@@ -238,9 +240,7 @@ def test_prompt_learning_counts_while_it_is_on(kind: Any) -> None:
         torch.manual_seed(seed)
         return get_peft_model(make_model(), kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
 
-    assert differing(build(1), make_model()) == {
-        "adapter", "adapter.types", "adapter.parameters"
-    }
+    assert differing(build(1), make_model()) == {"adapter", "adapter.types", "adapter.parameters"}
     one = build(1)
     other = build(1)
     assert differing(one, other) == set()

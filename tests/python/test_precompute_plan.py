@@ -66,8 +66,11 @@ def test_batches_keep_to_the_budget_with_padding(max_tokens: int) -> None:
     slots = [batch.slot for batch in batches]
     assert slots == sorted(slots)
     # Longest first, so that a budget that is too large shows at once.
-    firsts = [length for length, slot, before in zip(longest, slots, [-1, *slots], strict=False)
-              if slot != before]
+    firsts = [
+        length
+        for length, slot, before in zip(longest, slots, [-1, *slots], strict=False)
+        if slot != before
+    ]
     assert firsts == sorted(firsts, reverse=True)
 
 

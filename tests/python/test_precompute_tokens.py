@@ -136,7 +136,10 @@ def test_unpaired_ids_are_those_of_kto_trainer(form: str, tmp_path: pathlib.Path
     )
     got = plain(source.records(range(len(source))))
     want = [
-        (row["prompt_ids"], (row["prompt_ids"] + row["completion_ids"])[:9][len(row["prompt_ids"]) :])
+        (
+            row["prompt_ids"],
+            (row["prompt_ids"] + row["completion_ids"])[:9][len(row["prompt_ids"]) :],
+        )
         for row in trainer.train_dataset
     ]
     assert got == want
@@ -168,7 +171,12 @@ def test_truncation_is_a_slice_of_the_whole_sequence(length: int, mode: str) -> 
 
 
 def test_the_first_token_of_a_sequence_is_not_scored() -> None:
-    for prompt, completion, scored in (([1], [2, 3], 2), ([], [2, 3], 1), ([1], [], 0), ([], [], 0)):
+    for prompt, completion, scored in (
+        ([1], [2, 3], 2),
+        ([], [2, 3], 1),
+        ([1], [], 0),
+        ([], [], 0),
+    ):
         record = Record(np.array(prompt, np.int64), np.array(completion, np.int64))
         assert record.num_tokens == scored
 

@@ -41,6 +41,17 @@ def test_training_script_trains_and_saves_with_trls_defaults(tmp_path: pathlib.P
     assert (tmp_path / "dpo_output" / "model.safetensors").exists()
 
 
+def test_precompute_script_trains_on_the_store_that_it_made(tmp_path: pathlib.Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps(row) + "\n" for row in make_pairs(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    output = run([str(EXAMPLES / "precompute_then_train.py"), "model", "pairs.jsonl"], tmp_path)
+    assert "0 of 16 records were there, 16 were scored" in output
+    assert "train has 16 records in 8 rows; 16 found, 0 missing" in output
+    assert (tmp_path / "dpo_output" / "model.safetensors").exists()
+
+
 def test_demo_compares_both_runs_and_writes_plot_and_numbers(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib", reason="the demo draws a plot")
     output = run([str(EXAMPLES / "demo.py"), "--steps", "6", "--output", "out"], tmp_path)

@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
 import fusedpo._head as head_module
+from fusedpo._head import add_fused_head, logit_transform
 from fusedpo.reference import METRICS
 from fusedpo.reference import token_logps as reference_token_logps
-from fusedpo._head import add_fused_head, logit_transform
 from trl_helpers import FAMILIES, VOCABULARY, make_model, one_thread  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")

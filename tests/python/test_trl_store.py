@@ -195,7 +195,9 @@ def test_coverage_is_printed_and_missing_records_can_be_refused(
     )
     assert "train has 16 records in 8 rows; 16 found, 0 missing" in capsys.readouterr().out
     more = {"rows": rows, "eval_rows": make_pairs(5, seed=9), "max_steps": 1}
-    with pytest.raises(LookupError, match=r"\d+ of \d+ records of eval are not in .*fusedpo precom"):
+    with pytest.raises(
+        LookupError, match=r"\d+ of \d+ records of eval are not in .*fusedpo precom"
+    ):
         with_store(
             tmp_path, tmp_path / "refs", model=inputs.model, keywords={"ref_miss": "error"}, **more
         )
@@ -291,7 +293,7 @@ def test_a_stream_is_looked_up_and_what_it_brings_is_scored_by_the_reference(
 
 
 def test_a_stream_without_a_way_back_to_the_reference_is_an_error(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(LookupError, match="cannot be loaded from .*Pass ref_model"):
+    with pytest.raises(LookupError, match=r"cannot be loaded from .*Pass ref_model"):
         train_stream(tmp_path, make_model(), make_pairs(8))
     inputs = write_inputs(tmp_path, rows=8)
     model = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=torch.float32)
@@ -300,8 +302,8 @@ def test_a_stream_without_a_way_back_to_the_reference_is_an_error(tmp_path: path
     with pytest.raises(LookupError, match="is not the model that the training began with"):
         train_stream(tmp_path / "other", model, make_pairs(8))
     (tmp_path / "strict").mkdir()
+    RefStore(tmp_path / "strict" / "refs", "a", identity=_identity(tmp_path))
     with pytest.raises(LookupError, match="records of a batch are not in"):
-        RefStore(tmp_path / "strict" / "refs", "a", identity=_identity(tmp_path))
         train_stream(tmp_path / "strict", make_model(), make_pairs(8), ref_miss="error")
 
 
@@ -351,6 +353,23 @@ def test_precompute_ref_log_probs_keeps_a_store_below_the_output_directory(
     assert len(list((tmp_path / "ref_store").iterdir())) == 2
 
 
+def test_where_parameters_are_sharded_trl_precomputes_and_a_store_is_refused(
+    tmp_path: pathlib.Path,
+) -> None:
+    trainer = train(
+        FusedDPOTrainer, tmp_path, precompute_ref_log_probs=True, with_ref_model=False, max_steps=1
+    )
+    trainer.is_deepspeed_enabled = trainer.is_fsdp_enabled = False
+    assert trainer._precompute_ref_logps(trainer.train_dataset, "train", 4) is trainer.train_dataset
+    trainer.is_fsdp_enabled = True
+    columns = trainer._precompute_ref_logps(trainer.train_dataset, "train", 4)
+    assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(columns.column_names)
+    trainer = with_store(tmp_path, tmp_path / "refs", max_steps=1)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="under FSDP and DeepSpeed the parameters are sharded"):
+        trainer._precompute_ref_logps(trainer.train_dataset, "train", 4)
+
+
 def test_the_configuration_is_given_back_as_it_was(tmp_path: pathlib.Path) -> None:
     args = make_config(tmp_path, max_steps=1)
     trainer = FusedDPOTrainer(
@@ -378,6 +397,15 @@ def test_what_a_store_cannot_serve_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match=message):
         with_store(tmp_path, tmp_path / "refs", keywords=keywords, **options)
     assert not (tmp_path / "refs").exists()
+
+
+def test_images_are_refused_because_keys_do_not_cover_them(tmp_path: pathlib.Path) -> None:
+    rows = [row | {"image": "a.png"} for row in make_pairs(4)]
+    with pytest.raises(ValueError, match="two images under one text would share a value"):
+        with_store(tmp_path, tmp_path / "refs", rows=rows)
+    batch = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="the batch also has pixel_values"):
+        records_of_batch(batch | {"pixel_values": torch.ones(2, 3, 4, 4)})
 
 
 def test_a_store_that_is_not_there_is_an_error_where_nothing_may_be_computed(

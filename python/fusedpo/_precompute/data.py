@@ -139,9 +139,7 @@ def tokenize(
     trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
     import trl
 
-    prepare: Any = (
-        trl.DPOTrainer if len(completions) == 2 else trl.KTOTrainer
-    )._prepare_dataset
+    prepare: Any = (trl.DPOTrainer if len(completions) == 2 else trl.KTOTrainer)._prepare_dataset
     prepared = prepare(trainer, dataset, processing_class, arguments, "precompute")
     if not len(prepared):
         raise ValueError(

@@ -121,9 +121,7 @@ def fill(
     """Score what `store` lacks of `index`, as rank `rank` of `world_size`."""
     progress = progress or Progress()
     missing = store.missing(index.keys, tokens=per_token)
-    share = [
-        batch for batch in plan_batches(index, max_tokens) if batch.slot % world_size == rank
-    ]
+    share = [batch for batch in plan_batches(index, max_tokens) if batch.slot % world_size == rank]
     todo = [batch for batch in share if missing[batch.members].any()]
     tokens = [int(index.length[batch.members].sum()) for batch in todo]
     scored, start = 0, time.monotonic()

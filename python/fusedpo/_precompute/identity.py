@@ -143,7 +143,7 @@ def _place(key: str, modules: Mapping[str, Any]) -> _Place | None:
     adapter: str | None = None
     skip = False  # the next part is an adapter's name
     for depth, part in enumerate(parts):
-        module = modules.get(".".join(parts[:depth]))
+        module: Any = modules.get(".".join(parts[:depth]))
         following = parts[depth + 1] if depth + 1 < len(parts) else ""
         if skip:
             skip = False
@@ -268,9 +268,7 @@ def _is_parallel(module: Any) -> bool:
 
 def _is(module: Any, where: str, name: str) -> bool:
     """isinstance by name: PEFT is not imported for a model that has none of it."""
-    return any(
-        each.__name__ == name and each.__module__ == where for each in type(module).__mro__
-    )
+    return any(each.__name__ == name and each.__module__ == where for each in type(module).__mro__)
 
 
 # The digest -------------------------------------------------------------------------------------
@@ -304,7 +302,7 @@ def _content(tensor: Tensor, seen: dict[tuple[Any, ...], bytes]) -> bytes:
     if where not in seen:
         value = hashlib.sha256()
         for piece in _pieces(tensor):
-            value.update(piece.numpy())
+            value.update(piece.numpy().data)
         seen[where] = value.digest()
     return seen[where]
 

@@ -54,9 +54,17 @@ def keys_of(records: Sequence[Record]) -> NDArray[np.uint8]:
     if not records:
         return np.zeros((0, 16), np.uint8)
     keys: NDArray[np.uint8] = record_keys(
-        [record.prompt for record in records], [record.completion for record in records]
+        _flat([record.prompt for record in records]),
+        _flat([record.completion for record in records]),
     )
     return keys
+
+
+def _flat(lists: Sequence[Ids]) -> tuple[Ids, NDArray[np.int64]]:
+    """All ids one after another, and the N + 1 offsets that cut them."""
+    offsets = np.zeros(len(lists) + 1, np.int64)
+    np.cumsum([len(ids) for ids in lists], out=offsets[1:])
+    return np.concatenate(lists), offsets
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,11 @@ def load_processing_class(model: Any, revision: str | None) -> Any:
 
 def base_model(model: Any) -> Any:
     """The transformers model within a PeftModel; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(
-        model, "get_base_model"
-    ) else model
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )
 
 
 def refuse_adapter_on_head(model: Any) -> None:
@@ -124,4 +126,3 @@ def pad_token_id(processing_class: Any) -> int:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     # Padding comes after every scored token, so its value decides nothing.
     return int(tokenizer.pad_token_id or 0)
-

@@ -8,11 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from fusedpo._precompute.records import Record
 
+# What the keys of a store cover, or what changes no log-prob.
+_COVERED = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "completion_mask",
+        "token_type_ids",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+        "use_cache",
+    }
+)
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -21,7 +32,16 @@ def records_of_batch(inputs: Mapping[str, Any]) -> list[Record]:
 
     One transfer from the device. Positions that the attention mask leaves out count nowhere, so
     padding on either side makes no difference.
+
+    Raises:
+        ValueError: the batch holds more that the model is given, for example pixels.
     """
+    other = [name for name in inputs if name not in _COVERED]
+    if other:
+        raise ValueError(
+            f"a reference store covers token ids; the batch also has {', '.join(other)}, on which "
+            "the log-probs may depend. Train without ref_store, or drop these from the collator."
+        )
     names = ("input_ids", "attention_mask", "completion_mask")
     ids, attention, completion = torch.stack([inputs[name].long() for name in names]).cpu().numpy()
     records = []

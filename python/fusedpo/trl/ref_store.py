@@ -31,7 +31,7 @@ from fusedpo._precompute.filling import Scorer, fill, open_store
 from fusedpo._precompute.identity import model_identity
 from fusedpo._precompute.records import RecordIndex, index_records, keys_of
 from fusedpo._precompute.scoring import scoring_mode, sums
-from fusedpo._store_identity import differences
+from fusedpo._store_identity import compared, differences
 from fusedpo.store import RefStore, StoreError
 from fusedpo.trl.ref_batches import CollatedRows, records_of_batch
 
@@ -50,7 +50,9 @@ class RefStoreOptions:
     own: bool  # made by the trainer below output_dir, one folder for each reference
 
     @staticmethod
-    def of(ref_store: Any, ref_miss: str, ref_identity: str, args: Any) -> RefStoreOptions | None:
+    def of(
+        ref_store: Any, ref_miss: str, ref_identity: str, args: Any, train_dataset: Any
+    ) -> RefStoreOptions | None:
         """Return the options, or None for a training without a store.
 
         Raises:
@@ -63,8 +65,13 @@ class RefStoreOptions:
         own = ref_store is None
         if own and not args.precompute_ref_log_probs:
             return None
+        name = "precompute_ref_log_probs=True" if own else "ref_store"
+        if {"image", "images"} & set(getattr(train_dataset, "column_names", None) or ()):
+            raise ValueError(
+                f"{name} works on text; this data set has images. The keys of a store are made of "
+                "token ids, so two images under one text would share a value."
+            )
         if args.sync_ref_model:
-            name = "precompute_ref_log_probs=True" if own else "ref_store"
             raise ValueError(
                 f"{name} needs a reference that stays as it is; sync_ref_model=True replaces it "
                 "during training. Use one of the two."
@@ -77,11 +84,6 @@ class StoredReference:
     """The reference of a trainer that was just built; see the module."""
 
     def __init__(self, trainer: Any, options: RefStoreOptions) -> None:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ValueError(
-                "ref_store works on one process and under DDP; under FSDP and DeepSpeed the "
-                "parameters are sharded. Leave ref_store out there."
-            )
         self._trainer = trainer
         self._options = options
         mixed = trainer.accelerator.mixed_precision
@@ -111,8 +113,8 @@ class StoredReference:
             if self._append:
                 return str(path), open_store(str(path), self._identity)
             return str(path), RefStore(str(path), mode="r", identity=self._identity)
-        except StoreError:
-            if options.identity != "ignore" or not path.exists():
+        except StoreError as error:
+            if options.identity != "ignore" or error.code != "identity":
                 raise
         store = RefStore(str(path), mode="r")
         differing = differences(self._identity, store.identity)
@@ -126,12 +128,12 @@ class StoredReference:
         return str(path), store
 
     def _own_folder(self) -> pathlib.Path:
-        parts = [self._identity["model"]["parameters"], self._identity["adapter"]]
-        digest = _short_digest([*parts, self._identity["model"]["config"], self._identity["scoring"]])
-        folder = self._options.path / digest
-        if self._options.path.is_dir() and not folder.exists() and any(self._options.path.iterdir()):
+        text = json.dumps(compared(self._identity), sort_keys=True)
+        parent = self._options.path
+        folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if parent.is_dir() and not folder.exists() and any(parent.iterdir()):
             warnings.warn(
-                f"fusedpo: {self._options.path} has stores of other references only. To resume a "
+                f"fusedpo: {parent} has stores of other references only. To resume a "
                 "training, build the trainer with the model it began with, not with a checkpoint: "
                 "the model that is passed is the reference.",
                 stacklevel=5,
@@ -152,7 +154,9 @@ class StoredReference:
         lacking: list[tuple[str, CollatedRows, RecordIndex]] = []
         for name, dataset in splits.items():
             if not isinstance(dataset, Dataset):
-                accelerator.print(f"fusedpo: {self.path}: {name} is a stream, looked up as it comes")
+                accelerator.print(
+                    f"fusedpo: {self.path}: {name} is a stream, looked up as it comes"
+                )
                 continue
             source = CollatedRows(dataset, self._trainer.data_collator)
             index = index_records(source)
@@ -246,8 +250,8 @@ class StoredReference:
                 raise LookupError(self._lack(f"{len(missing)} of {len(found)} records of a batch"))
             new = self._score_and_append(inputs, [scored[i] for i in missing], keys[missing])
             values[missing] = sums(new)
-            for i, each in zip(missing, new, strict=True):
-                tokens[i] = each
+            for place, each in zip(missing, new, strict=True):
+                tokens[place] = each
         device = inputs["input_ids"].device
         if not self._per_token:
             logps = torch.zeros(len(records), dtype=torch.float64)
@@ -351,7 +355,3 @@ def _any_rank(accelerator: Any, here: bool) -> bool:
         return here
     flag = torch.tensor([int(here)], device=accelerator.device)
     return bool(accelerator.reduce(flag, "sum").item())
-
-
-def _short_digest(fields: Any) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

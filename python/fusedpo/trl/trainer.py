@@ -84,11 +84,14 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         # Wrong options are refused before a model is loaded.
         self._loss_call = loss_call(args)
-        store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args)
-        with _construct(args, without_reference=store is not None):
-            super().__init__(model, ref_model, args, *rest, **keywords)
+        # The second argument after `args`.
+        train_dataset = keywords.get("train_dataset", rest[1] if len(rest) > 1 else None)
+        store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args, train_dataset)
+        self._store_options = store
         self._stored_reference = None
-        if store is not None:
+        with _construct(args, store):
+            super().__init__(model, ref_model, args, *rest, **keywords)
+        if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
             self.precompute_ref_logps = False
             self._stored_reference = StoredReference(self, store)
@@ -104,7 +107,17 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Leave the data set as it is: the store has what TRL would put into columns."""
-        return dataset
+        if not self._is_sharded():
+            return dataset
+        if self._store_options is not None and not self._store_options.own:
+            raise ValueError(
+                "ref_store works on one process and under DDP; under FSDP and DeepSpeed the "
+                "parameters are sharded. Use DPOConfig(precompute_ref_log_probs=True) there."
+            )
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _is_sharded(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Score a batch with the reference, without gradient; returns the chosen and rejected
@@ -150,6 +163,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         policy = _pair(outputs.log_probs, inputs, self.ld_alpha)
         if self._stored_reference is not None:
             reference = self._stored_reference.pair(inputs, policy.chosen.dtype)
+        elif self.precompute_ref_logps:
+            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             reference = self.compute_ref_log_probs(
                 self.model if self.ref_model is None else self.ref_model, inputs
@@ -196,21 +211,21 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _construct(args: Any, *, without_reference: bool) -> Iterator[None]:
+def _construct(args: Any, store: RefStoreOptions | None) -> Iterator[None]:
     """What has to be different inside `DPOTrainer.__init__`.
 
     It puts its head on the model and on the reference there, so ours has to be there instead, not
-    after. With a store no reference is loaded, as when TRL precomputes, and the hash that TRL would
-    take of the model for its own cache is not needed. Only construction looks these names up; the
-    lock keeps two trainers that are built in two threads from restoring each other's.
+    after. With a store no reference is loaded, as when TRL precomputes. Only construction looks the
+    name up; the lock keeps two trainers that are built in two threads from restoring each other's.
     """
     with _construction:
         head, hash_module = _trl_dpo.add_fused_lm_head, _trl_dpo.hash_module
         precompute = args.precompute_ref_log_probs
         _trl_dpo.add_fused_lm_head = add_fused_head
-        if without_reference:
+        if store is not None:
             args.precompute_ref_log_probs = True
-            _trl_dpo.hash_module = lambda module: None
+            if not store.own:  # what TRL names its own cache by
+                _trl_dpo.hash_module = lambda module: None
         try:
             yield
         finally:
