@@ -28,7 +28,7 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 from fusedpo import pair_logps
 from fusedpo._head import add_fused_head
 from fusedpo._precompute.filling import Scorer, fill, open_store
-from fusedpo._precompute.identity import model_identity
+from fusedpo._precompute.identity import model_identity, refuse_sharded
 from fusedpo._precompute.records import RecordIndex, index_records, keys_of
 from fusedpo._precompute.scoring import scoring_mode, sums
 from fusedpo._store_identity import compared, differences
@@ -91,6 +91,7 @@ class StoredReference:
             raise ValueError(f"ref_store supports mixed precision no, bf16, fp16; got {mixed!r}.")
         self._autocast = _AUTOCAST[mixed]
         model, adapter = self._reference()
+        refuse_sharded(model, trainer.accelerator.num_processes)
         with adapter:
             self._identity = self._identify(model)
         self._append = options.miss == "compute"
