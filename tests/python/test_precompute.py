@@ -184,6 +184,7 @@ def test_a_sample_is_scored_again_one_by_one(inputs: Inputs, tmp_path: pathlib.P
     assert report.sample is not None
     assert report.sample.records == 7
     assert report.sample.largest_difference < 1e-4
+    assert report.sample.disagreeing == 0
     # A store that somebody filled with other numbers is found out.
     wrong = RefStore(tmp_path / "wrong", "a", identity=RefStore(path).identity)
     with wrong.writer() as writer:
@@ -193,6 +194,7 @@ def test_a_sample_is_scored_again_one_by_one(inputs: Inputs, tmp_path: pathlib.P
     assert report.scored == 0
     assert report.sample is not None
     assert report.sample.largest_difference == pytest.approx(1.0, abs=1e-4)
+    assert report.sample.disagreeing == 7
 
 
 def test_random_states_are_left_as_they_were(inputs: Inputs, tmp_path: pathlib.Path) -> None:
@@ -303,6 +305,11 @@ def test_bad_arguments_are_refused_before_anything_is_made(
     assert not (tmp_path / "refs").exists()
 
 
+def test_paths_may_be_path_objects(inputs: Inputs, tmp_path: pathlib.Path) -> None:
+    paths = (pathlib.Path(each) for each in (*inputs, tmp_path / "refs"))
+    assert precompute(*paths, **SMALL).scored > 0
+
+
 def test_a_directory_that_cannot_be_made_is_a_store_error(
     inputs: Inputs, tmp_path: pathlib.Path
 ) -> None:
@@ -321,6 +328,7 @@ def test_two_ranks_share_the_work_and_end_with_the_bits_of_one(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "fusedpo", "precompute", "--model", inputs.model, "--data", inputs.data]
     command += ["--output", str(path), "--autocast", "no", "--max-tokens-per-batch", "96", "--json"]
+    command += ["--verify-sample", "9"]
     result = subprocess.run(
         command,
         capture_output=True,
@@ -332,6 +340,7 @@ def test_two_ranks_share_the_work_and_end_with_the_bits_of_one(
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout)
     assert (report["rank"], report["world_size"]) == (0, 2)
+    assert report["sample"]["records"] == 9, "of both ranks together"
     logs = [each for each in RefStore(path).files() if each.kind == "log"]
     # Nothing was scored twice: the logs of both ranks together hold each record once.
     assert len(logs) == 2

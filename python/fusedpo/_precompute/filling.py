@@ -28,11 +28,12 @@ SYNC_SECONDS = 1.0  # what a kill can cost, beside the batch in flight
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """Records scored again, one by one; differences to the store in nats."""
+    """Records scored again, one by one, by all processes; differences to the store in nats."""
 
     records: int
     largest_difference: float
     largest_relative_difference: float
+    disagreeing: int  # records that differ by more than the store's tolerance
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class PrecomputeReport:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def combined(samples: Sequence[SampleCheck]) -> SampleCheck:
+    """What several processes found, as one."""
+    return SampleCheck(
+        sum(each.records for each in samples),
+        max(each.largest_difference for each in samples),
+        max(each.largest_relative_difference for each in samples),
+        sum(each.disagreeing for each in samples),
+    )
 
 
 class Progress:
@@ -200,12 +211,19 @@ def _verify(
     scorer: Scorer,
     count: int,
 ) -> SampleCheck:
-    """Score `count` records of this process's share again, each one alone."""
-    members = np.concatenate([batch.members for batch in share]) if share else np.zeros(0, int)
-    count = min(count, len(members))
-    chosen = np.sort(np.random.default_rng(0).choice(members, count, replace=False))
+    """Score those of `count` records that are of this process's share again, each one alone."""
+    # All processes draw the same.
+    drawn = np.random.default_rng(0).choice(len(index), min(count, len(index)), replace=False)
+    mine = np.concatenate([batch.members for batch in share]) if share else np.zeros(0, int)
+    chosen = np.intersect1d(drawn, mine)
     again = np.array([sums(scorer([record]))[0] for record in fetch(source, index, chosen)])
     _, stored, _ = store.lookup(index.keys[chosen])
     difference = np.abs(again - stored)
     relative = difference / np.maximum(np.abs(stored), 1e-12)
-    return SampleCheck(count, float(difference.max(initial=0)), float(relative.max(initial=0)))
+    allowed = store.tolerance * np.maximum(1, np.maximum(np.abs(again), np.abs(stored)))
+    return SampleCheck(
+        len(chosen),
+        float(difference.max(initial=0)),
+        float(relative.max(initial=0)),
+        int((difference > allowed).sum()),
+    )
