@@ -20,8 +20,9 @@ import fusedpo
 from datasets import Dataset
 from fusedpo import RefStore, StoreError, precompute
 from fusedpo._precompute.data import tokenize
-from fusedpo._precompute.filling import Progress
+from fusedpo._precompute.filling import Progress, open_store
 from fusedpo._precompute.records import keys_of
+from fusedpo.store import record_keys
 from peft import LoraConfig, get_peft_model
 from precompute_helpers import (
     Inputs,
@@ -195,6 +196,27 @@ def test_a_sample_is_scored_again_one_by_one(inputs: Inputs, tmp_path: pathlib.P
     assert report.sample is not None
     assert report.sample.largest_difference == pytest.approx(1.0, abs=1e-4)
     assert report.sample.disagreeing == 7
+
+
+def test_the_tolerance_holds_what_rounding_may_do_and_no_more(tmp_path: pathlib.Path) -> None:
+    """Two processes of a stream may score one short completion in different batches."""
+    scoring = {"dtype": "float32", "autocast": None}
+    eps = float(np.finfo(np.float32).eps)
+    for logp, logit in ((0.0, 50.0), (-1.0, 30.0), (-400.0, 50.0)):
+        path = tmp_path / str(logp)
+        store = open_store(str(path), {"scoring": scoring})
+        keys = record_keys([[1]], [[2]])
+        bound = 8 * eps * (abs(logp) + logit)
+        for value in (logp - 2 * bound, logp):  # each within the bound of one in their middle
+            with store.writer() as writer:
+                writer.append(keys, [value], [1])
+        store.refresh()
+        assert store.lookup(keys)[0].all()
+        with store.writer() as writer:
+            writer.append(keys, [logp - 0.001 * max(1, abs(logp))], [1])
+        store.refresh()
+        with pytest.raises(StoreError, match="more than the tolerance"):
+            store.lookup(keys)
 
 
 def test_random_states_are_left_as_they_were(inputs: Inputs, tmp_path: pathlib.Path) -> None:
