@@ -16,6 +16,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -36,16 +37,16 @@ _STATE = struct.Struct("<QQQ")  # what the child is at; records synced so far; c
 
 
 class Shared:
-    """Three numbers that outlive the child, and a pipe by which it tells of one of its calls."""
+    """Three numbers that outlive the child, and the one of its calls at which it kills itself."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
 
-    def reset(self, target: int | str | None) -> None:
-        """`target`: which of the marked calls to tell of, by number or by name."""
-        self.target = target
+    def reset(self, target: int | str | None, delay: float = 0) -> None:
+        """`target`: which of the marked calls to kill at, by number or by name; `delay`: how many
+        seconds after its beginning."""
+        self.target, self.delay = target, delay
         self.set(ELSEWHERE, 0, 0)
-        self.reader, self.writer = os.pipe()
 
     def set(self, phase: int, synced: int, calls: int) -> None:
         self._memory[: _STATE.size] = _STATE.pack(phase, synced, calls)
@@ -58,22 +59,17 @@ class Shared:
         _, synced, calls = self.get()
         self.set(phase, synced, calls + 1)
         if self.target in (calls + 1, NAMES[phase]):
-            os.write(self.writer, b"x")
+            if not self.delay:
+                kill_myself()
+            threading.Timer(self.delay, kill_myself).start()
 
     def end(self, synced: int) -> None:
         _, before, calls = self.get()
         self.set(ELSEWHERE, max(before, synced), calls)
 
-    def wait(self) -> None:
-        """Block until the child is at its target, or has ended."""
-        os.close(self.writer)
-        self.writer = -1
-        os.read(self.reader, 1)
 
-    def close(self) -> None:
-        os.close(self.reader)
-        if self.writer >= 0:
-            os.close(self.writer)
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def mark(owner: Any, name: str, phase: int, shared: Shared) -> None:
@@ -130,7 +126,6 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
     def finish(path: pathlib.Path) -> bytes:
         shared.reset(None)
         _, status = os.waitpid(child(lambda: run(path)), 0)
-        shared.close()
         assert status == 0, f"a run that nothing killed failed with status {status}"
         return snapshot_bytes(path)
 
@@ -147,20 +142,17 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
         # A third of the kills at any moment, the others soon after a call that is drawn.
         kind = moments.random()
         target = None if kind < 0.35 else "merge" if kind < 0.5 else moments.randint(1, calls)
-        shared.reset(target)
+        before = contents(path) if (path / "identity.json").exists() else {}
+        shared.reset(target, moments.choice((0, moments.uniform(0, 0.001))))
         pid = child(lambda path=path: run(path))
         if target is None:
             time.sleep(moments.uniform(0, duration))
-        else:
-            shared.wait()
-            time.sleep(moments.choice((0, moments.uniform(0, 0.001))))
-        os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         phase, synced, _ = shared.get()
         if os.WIFSIGNALED(status):
             where[NAMES[phase]] += 1
-        shared.close()
-        check(path, values, synced)
+        check(path, values, before, synced)
         print(f"{sum(where.values())} kills: {dict(where)}", file=sys.stderr)
         if not os.WIFSIGNALED(status) or moments.random() < 0.3:
             # Finished before the kill, or to be finished now.
@@ -173,16 +165,23 @@ def main(folder: pathlib.Path, kills: int, seed: int) -> dict[str, Any]:
     return {"kills": kills, "where": dict(where), "resumed": resumed + 1, "records": len(values)}
 
 
-def check(path: pathlib.Path, values: dict[bytes, float], synced: int) -> None:
-    """Nothing that a sync confirmed is lost, and no value is wrong, however the run ended."""
+def check(
+    path: pathlib.Path, values: dict[bytes, float], before: dict[bytes, float], synced: int
+) -> None:
+    """Nothing that was there `before` the run or that a sync confirmed in it is lost, and no value
+    is wrong, however the run ended."""
     if not (path / "identity.json").exists():
-        assert synced == 0
+        assert synced == len(before) == 0
         return
     store = RefStore(path)
     report = store.verify()
     assert report.ok, report.problems
     found = contents(path)
-    assert len(found) >= synced, f"{path}: {synced} records were synced, {len(found)} are there"
+    assert before.items() <= found.items(), f"{path}: records of an earlier run are lost"
+    # No record is scored twice, so those of this run come on top.
+    assert len(found) >= len(before) + synced, (
+        f"{path}: {len(before)} records were there, {synced} were synced, {len(found)} are there"
+    )
     assert found.items() <= values.items()
 
 

@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a real precompute: nothing synced is lost, no bit differs.
 
-FUSEDPO_KILLS sets how many; 200 were asked for, and CI takes fewer.
+FUSEDPO_KILLS sets how many (200 for a thorough run; CI takes 12).
 """
 
 from __future__ import annotations
