@@ -272,8 +272,8 @@ class StoredReference:
     def _lookup(
         self, keys: NDArray[np.uint8], counts: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float64], list[Any]]:
-        found: NDArray[np.bool_]
-        stored: Any
+        tokens: list[Any]
+        stored: NDArray[Any]
         if self._per_token:
             found, tokens = self._store.lookup_tokens(keys)
             values, stored = sums(tokens), np.array([len(each) for each in tokens], np.int64)
