@@ -95,7 +95,8 @@ def _precompute(commands: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="score N records again, one by one, and report the largest difference",
+        help="score N records again, one by one, and report the largest difference; exit code 1 "
+        "where one differs by more than rounding allows",
     )
 
 
