@@ -10,5 +10,7 @@ tests() { "$venv/bin/python" -m pytest --durations=5 "${@/#/tests/python/}"; }
 
 tests test_cuda_host.py test_token_logps.py test_linear_logps.py test_gradients.py test_contract.py \
   test_losses.py test_autocast.py test_extremes.py test_symptoms.py test_compile.py
+# The GPU's own group, as far as it holds without one.
+FUSEDPO_TEST_DEVICE=cpu tests test_cuda.py
 export FUSEDPO_TEST_CAPTURING=1
 tests test_linear_logps.py test_gradients.py

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/stream.h"
+#include "cuda_host.h"
 #include "ops/stable.h"
 
 #define FUSEDPO_CUDA_KEY CPU
@@ -23,7 +24,11 @@ class CudaDevice {
   explicit CudaDevice(const Tensor& /*t*/) {
     const char* pretends = std::getenv("FUSEDPO_TEST_CAPTURING");
     capturing = pretends != nullptr && std::string(pretends) == "1";
+    cuda_host::set_capturing(stream, capturing);  // waiting is an error then
   }
+  ~CudaDevice() { cuda_host::set_capturing(stream, false); }
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
 
   cuda::Stream stream = nullptr;
   bool capturing = false;
