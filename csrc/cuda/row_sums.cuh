@@ -140,6 +140,8 @@ __device__ inline void add_batch(const Row& row, const Words (&words)[Row::kBatc
   }
   s->rest += rest[0] + rest[1];
   if constexpr (kMetrics) {
+    settle(sum[0]);
+    settle(sum[1]);
     s->rest_sq += rest_sq[0] + rest_sq[1];
     s->sum += sum[0] + sum[1];
     C of_t = rest_t[0] + rest_t[1];
