@@ -172,6 +172,24 @@ __device__ inline float reciprocal(float x) {
 
 __device__ inline double reciprocal(double x) { return 1.0 / x; }
 
+// Has x computed by here. Where a value is not needed until after a branch, the compiler would
+// rather put it off and keep all that it is made of in registers.
+__device__ inline void settle(float& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(x));
+#else
+  (void)x;
+#endif
+}
+
+__device__ inline void settle(double& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+d"(x));
+#else
+  (void)x;
+#endif
+}
+
 // 2^n for a whole number n <= 0; 0 from n = -1000 on.
 __device__ inline double power_of_two(double n) {
   if (!(n > -1000.0)) return n == n ? 0.0 : n;
