@@ -29,10 +29,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "fusedpo_cuda_check_test"
@@ -54,7 +55,8 @@ class Fault:
         """Why it cannot be planted, or None."""
         found = (ROOT / self.file).read_text().count(self.text)
         if found != self.times:
-            return f"{self.name}: {self.file} has the text {found} times, not {self.times}: {self.text!r}"
+            times = f"{found} times, not {self.times}"
+            return f"{self.name}: {self.file} has the text {times}: {self.text!r}"
         if self.text == self.replace:
             return f"{self.name}: replaces a text by itself"
         return None
@@ -186,15 +188,12 @@ def main() -> int:
     missed = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for fault, noticed, seconds in pool.map(lambda f: try_fault(builder, f), chosen):
-            print(
-                f"{'caught' if noticed else 'MISSED'} {seconds:5.1f} s  {fault.name}: {fault.why} [{noticed}]",
-                flush=True,
-            )
+            verdict = "caught" if noticed else "MISSED"
+            print(f"{verdict} {seconds:5.1f} s  {fault.name}: {fault.why} [{noticed}]", flush=True)
             if noticed is None:
                 missed.append(fault)
-    print(
-        f"{len(chosen) - len(missed)} of {len(chosen)} planted faults were caught ({len(faults)} in all)"
-    )
+    caught = len(chosen) - len(missed)
+    print(f"{caught} of {len(chosen)} planted faults were caught ({len(faults)} in all)")
     for fault in missed:
         print(f"missed: {fault.name} in {fault.file}: {fault.why}", file=sys.stderr)
     return 1 if missed or not chosen else 0

@@ -17,20 +17,19 @@ class TokenLogps : public testing::TestWithParam<DType> {
 using ErrorsByScale = std::vector<PlainErrors>;
 
 void include_errors(DType type, const std::vector<RowCase>& rows, double temperature,
-                    ErrorsByScale* of_scale) {
+                    ErrorsByScale* errors) {
   const LogitTransform transform{1.0, 0.0, temperature};
-  ErrorsByScale& errors = *of_scale;
   for (const RowCase& row : rows) {
     if (!row.scored || !row.number) continue;
     const auto y = static_cast<size_t>(row.label);
     const Truth truth(row.x, y, transform);
+    PlainErrors& e = (*errors)[row.large];
     if (type == DType::f64) {
-      errors[row.large].include(Plain<double>(row.x, y, transform), truth);
+      e.include(Plain<double>(row.x, y, transform), truth);
     } else {
-      errors[row.large].include(Plain<float>(row.x, y, transform), truth);
+      e.include(Plain<float>(row.x, y, transform), truth);
     }
   }
-}
 }
 
 void expect_scores(DType type, const TypedRows& rows, const std::vector<RowCase>& cases,
