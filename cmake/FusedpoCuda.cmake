@@ -2,6 +2,7 @@
 #
 #   FUSEDPO_CUDA_ENABLED    a working nvcc is there and wanted
 #   FUSEDPO_CUDA_ARCH_LIST  architectures to compile for; empty when not enabled
+#   FUSEDPO_CUDA_CODE       nvcc's options for the release list; empty when another list was named
 #   FUSEDPO_CUDA_REASON     one line for people: why, or why not
 
 string(TOUPPER "${FUSEDPO_CUDA}" _cuda_wanted)
@@ -17,6 +18,7 @@ endforeach()
 
 set(FUSEDPO_CUDA_ENABLED OFF)
 set(FUSEDPO_CUDA_ARCH_LIST "")
+set(FUSEDPO_CUDA_CODE "")
 if(_cuda_wanted STREQUAL "OFF")
   set(FUSEDPO_CUDA_REASON "switched off by FUSEDPO_CUDA=OFF")
 else()
@@ -35,9 +37,17 @@ else()
     set(FUSEDPO_CUDA_ENABLED ON)
     set(FUSEDPO_CUDA_ARCH_LIST "${FUSEDPO_CUDA_ARCHS}")
     if(FUSEDPO_CUDA_ARCHS STREQUAL "AUTO")
+      # One pass of the front end serves several architectures: it is half of the work, and no source
+      # asks which of them it is compiled for.
       set(FUSEDPO_CUDA_ARCH_LIST 80-real 86-real 89-real 90)  # a bare number means SASS and PTX
+      set(FUSEDPO_CUDA_CODE "--generate-code=arch=compute_80,code=[sm_80,sm_86,sm_89]")
       if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-        set(FUSEDPO_CUDA_ARCH_LIST 80-real 86-real 89-real 90 100-real 120)
+        list(APPEND FUSEDPO_CUDA_ARCH_LIST 100-real 120)
+        list(APPEND FUSEDPO_CUDA_CODE
+          "--generate-code=arch=compute_90,code=[compute_90,sm_90,sm_100]"
+          "--generate-code=arch=compute_120,code=[compute_120,sm_120]")
+      else()
+        list(APPEND FUSEDPO_CUDA_CODE "--generate-code=arch=compute_90,code=[compute_90,sm_90]")
       endif()
     endif()
     list(JOIN FUSEDPO_CUDA_ARCH_LIST " " _archs)

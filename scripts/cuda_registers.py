@@ -1,8 +1,8 @@
 """Registers and spills of the kernels that read or write whole rows, from the output of `ptxas -v`.
 
-Usage: cuda_registers.py LOG. Prints the largest over all architectures. A kernel that is meant to run
-at the speed of memory may keep a few values in local memory that it needs once before and once after
-its loops; more than that is an error.
+Usage: cuda_registers.py LOG. Prints the largest over all architectures. A kernel that is meant to
+run at the speed of memory may keep a few values in local memory that it needs once before and once
+after its loops; more than that is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ HOT = re.compile(r"\b(score|differentiate|move|add|sum_column|multiply)<(?!.*dou
 
 def main(log: str) -> int:
     text = pathlib.Path(log).read_text()
-    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
     text = re.sub(r"fusedpo::|cuda::|\(anonymous namespace\)::", "", text)
     kernels: dict[str, list[tuple[str, int, int]]] = {}
     name = arch = ""

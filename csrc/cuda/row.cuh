@@ -150,16 +150,12 @@ struct Batches {
 
 // ---- two kinds of rows ----------------------------------------------------------
 
-// Logits of this many bits are so far apart that the softmax has room for equal ones only: there
-// any `bits` gives the same, and kFewBits, a power of two, keeps products in range.
-template <typename C>
-constexpr double kExtremeBits = sizeof(C) == 4 ? 0x1p96 : 0x1p1020;
-template <typename C>
-constexpr double kFewBits = sizeof(C) == 4 ? 0x1p-64 : 0x1p-32;
-
+// Whether u bits is too large to have a fraction: there an anchor, which is one rounding away from
+// it, could be far off. Nobody's logits are like that but those of a row masked by finite numbers.
 template <typename C>
 __device__ inline bool is_extreme(double u, double bits) {
-  return fabs(u) < static_cast<double>(INFINITY) && !(fabs(u * bits) < kExtremeBits<C>);
+  return fabs(u) < static_cast<double>(INFINITY) &&
+         !(fabs(u * bits) < (sizeof(C) == 4 ? 0x1p24 : 0x1p53));
 }
 
 template <typename T>
