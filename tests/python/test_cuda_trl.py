@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
-peft = pytest.importorskip("peft", reason="LoRA needs peft")
+pytest.importorskip("peft", reason="LoRA needs peft")
 
+import peft
 from cuda_cases import ON_GPU, need_device
 from fusedpo.trl import FusedDPOTrainer, patch_trl
 from trl import DPOTrainer
