@@ -60,9 +60,10 @@ inline std::vector<RowCase> row_cases(DType type, size_t vocab, unsigned seed) {
     at(row, (row.label + 1) % (last + 1)) = rounded(type, vocab == 1 ? -50.0 : 1.0);
   }
   {
-    RowCase& row = add("rising logits", any(), 0.0);
+    RowCase& row = add("rising logits", any(), 1.0);
     for (size_t v = 0; v < vocab; ++v) {
-      row.x[v] = rounded(type, 60.0 * static_cast<double>(v) / static_cast<double>(vocab) - 30.0);
+      row.x[v] = rounded(
+          type, row.x[v] + 60.0 * static_cast<double>(v) / static_cast<double>(vocab) - 30.0);
     }
   }
   // Ties at the maximum: before the label, after it, and both in other places of the row.
@@ -117,7 +118,8 @@ inline std::vector<RowCase> row_cases(DType type, size_t vocab, unsigned seed) {
 // expression in the same type plus 4 ulp; where the caller's logits have 16 bits, the error of the
 // plain expression in fp32 and the rounding of the stored result.
 inline double allowed(DType type, double plain_error, double want, bool callers_logits = true) {
-  const double unit = ulp(result_of(type), want);
+  // What lies below the normal range may be 0.
+  const double unit = ulp(result_of(type), want) + (type == DType::f64 ? 0x1p-1022 : 0x1p-126);
   const bool wide = type == DType::f32 || type == DType::f64 || !callers_logits;
   return wide ? 2.0 * plain_error + 4.0 * unit : plain_error + unit;
 }
@@ -129,8 +131,8 @@ inline double distance(long double a, long double b) {
 }
 
 // The largest errors that the plain expressions make over rows of one scale and size. A few rows
-// can be lucky, so they are looked for in kSamples times as many as are scored.
-inline constexpr unsigned kSamples = 6;
+// can be lucky, so they are looked for in more rows than are scored.
+inline constexpr unsigned kSamples = 4;
 
 struct PlainErrors {
   double logp = 0, entropy = 0, log_sum_sq_probs = 0, mean = 0, log_sum = 0;
@@ -148,18 +150,28 @@ struct PlainErrors {
   }
 };
 
-// How many units of the compute type's rounding the share 1 - p_label may be off, relatively: the
-// exponent of a term is rounded once, so its error grows with its distance from the anchor, which
-// is the label's logit.
+// The relative error of the share 1 - p_label: the exponent of a term is rounded once, so its error
+// grows with its distance from the anchor, which is the label's logit. Sums of fp32 are finished in
+// fp64; those of fp64 are not finished in anything wider, so there the logits' own size counts.
 inline double share_error(DType type, const Truth& truth, size_t label) {
-  long double rest = -INFINITY;
+  long double rest = -INFINITY, largest = 0;
   for (size_t v = 0; v < truth.z.size(); ++v) {
     if (v != label) rest = std::max(rest, truth.z[v]);
+    if (std::isfinite(truth.z[v])) largest = std::max(largest, std::fabs(truth.z[v]));
   }
   const double gap =
       std::isfinite(rest) ? std::fabs(static_cast<double>(truth.z[label] - rest)) : 0.0;
-  const double unit = result_of(type) == DType::f64 ? 0x1p-53 : 0x1p-24;
-  return (1.45 * std::min(gap, 60.0) + 8.0) * unit;
+  const double bits = 1.45 * std::min(gap, 60.0) + 8.0;
+  return result_of(type) == DType::f64 ? (bits + 4.0 * static_cast<double>(largest)) * 0x1p-53
+                                       : bits * 0x1p-24;
+}
+
+// What entropy and log_sum_sq_probs may be off beyond `allowed` where one logit has most of the
+// mass and is not the label's: its exponential is exactly 1 in the plain expression, but here has
+// an exponent of up to 12 bits, rounded once.
+inline double of_dominating(DType type, const Truth& truth, size_t label) {
+  const bool dominated = truth.max > truth.z[label] && truth.log_sum < 0.7L;
+  return !dominated ? 0.0 : 12.0 * (result_of(type) == DType::f64 ? 0x1p-53 : 0x1p-24);
 }
 
 // d loss / d x of one row: the definition, and how far a result may be from it. `g`: upstream

@@ -60,6 +60,7 @@ TEST(KeptRows, TheFirstLabelOutsideTheVocabularyIsTold) {
       std::vector<int64_t> labels(3000, 49);
       labels[1] = kIgnore;
       labels[static_cast<size_t>(first)] = bad;
+      labels[std::min<size_t>(static_cast<size_t>(first) + 37, 2999)] = bad;  // the same warp's
       labels[2999] = 51;
       const DeviceArray<int64_t> y(labels);
       const DeviceArray<int64_t> rows(3000), slot(3000), info(2);
