@@ -36,7 +36,8 @@ class Cpu {
                          const T* ref_logps, const bool* desirable, const OptionalTensor& shift,
                          double scale, unsigned needs, T* total, T* losses, T* rewards,
                          T* gradients) const {
-    if (shift) options = with_shift(options, value_at(shift->const_data_ptr(), dtype_of(*shift), 0));
+    if (shift)
+      options = with_shift(options, value_at(shift->const_data_ptr(), dtype_of(*shift), 0));
     fusedpo::evaluate_unpaired(loss, options, count, logps, ref_logps, desirable, scale, needs,
                                total, losses, rewards, gradients);
   }

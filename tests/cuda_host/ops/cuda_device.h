@@ -49,9 +49,8 @@ inline void gemm(const Tensor& out, const Tensor& a, const Tensor& b) {
     STD_TORCH_CHECK(out.scalar_type() == a.scalar_type(), "a product's types do not match");
     return mm_out(out, a, b);
   }
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() &&
-                      (out.scalar_type() == a.scalar_type() ||
-                       out.scalar_type() == ScalarType::Float),
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && (out.scalar_type() == a.scalar_type() ||
+                                                         out.scalar_type() == ScalarType::Float),
                   "a product's types do not match");
   const Tensor wide = widened(out);
   mm_out(wide, widened(a), widened(b));
