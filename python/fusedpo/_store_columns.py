@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ._store_error import StoreError
-from ._store_keys import record_keys
+from ._store_keys import Keys, record_keys
 
 if TYPE_CHECKING:
     from .store import RefStore
@@ -38,6 +39,11 @@ def truncate(
     raise StoreError(
         f'truncation_mode must be "keep_start" or "keep_end"; got {mode!r}', "bad_value"
     )
+
+
+def num_scored(prompt: Sized, completion: Sized) -> int:
+    """Tokens that get a log-prob: the first of a sequence has nothing to be predicted from."""
+    return max(0, len(completion) - (len(prompt) == 0))
 
 
 def _column_names(dataset: Any) -> list[str]:
@@ -68,16 +74,26 @@ def _id_columns(dataset: Any) -> dict[str, str]:
     )
 
 
-def _keys(
-    batch: Mapping[str, Any], column: str, max_length: int | None, mode: str
-) -> tuple[Any, list[int]]:
-    """(keys, num_tokens) of one column of completions."""
+class _Keyed(NamedTuple):
+    """One column of completions: those of which truncation leaves a token to score."""
+
+    rows: NDArray[np.intp]  # [N] their rows in the batch
+    keys: Keys  # [N, 16]
+    num_tokens: NDArray[np.int64]  # [N]
+    unscored: NDArray[np.float64]  # [rows] values of those left out, 0 elsewhere
+
+
+def _keyed(batch: Mapping[str, Any], column: str, max_length: int | None, mode: str) -> _Keyed:
     pairs = [
         truncate(list(p), list(c), max_length, mode)
         for p, c in zip(batch["prompt_ids"], batch[column], strict=True)
     ]
-    keys = record_keys([p for p, _ in pairs], [c for _, c in pairs])
-    return keys, [len(c) for _, c in pairs]
+    counts = np.array([num_scored(p, c) for p, c in pairs], np.int64)
+    rows = np.flatnonzero(counts)
+    keys = record_keys([pairs[i][0] for i in rows], [pairs[i][1] for i in rows])
+    # No completion: a row that no training has. One first token: the sum over no token.
+    unscored = np.array([0.0 if c else np.nan for _, c in pairs], np.float64)
+    return _Keyed(rows, keys, counts[rows], unscored)
 
 
 def add_columns(store: RefStore, dataset: Any, max_length: int | None, mode: str) -> Any:
@@ -87,11 +103,15 @@ def add_columns(store: RefStore, dataset: Any, max_length: int | None, mode: str
     first: tuple[int, str] | None = None
     for batch in _batches(dataset):
         for column, name in columns.items():
-            found, logps, _ = store.lookup(_keys(batch, column, max_length, mode)[0])
-            values[name].append(logps)
+            keyed = _keyed(batch, column, max_length, mode)
+            found, logps, num_tokens = store.lookup(keyed.keys)
+            _check_counts(store, found, num_tokens, keyed, rows, column)
+            column_values = keyed.unscored
+            column_values[keyed.rows] = logps
+            values[name].append(column_values)
             missing += int((~found).sum())
             if first is None and not found.all():
-                first = rows + int(np.argmin(found)), column
+                first = rows + int(keyed.rows[np.argmin(found)]), column
         rows += len(batch["prompt_ids"])
     if first is not None:
         raise StoreError(
@@ -109,6 +129,28 @@ def add_columns(store: RefStore, dataset: Any, max_length: int | None, mode: str
             dataset = dataset.remove_columns(name)
         dataset = dataset.add_column(name, values_of)
     return dataset
+
+
+def _check_counts(
+    store: RefStore, found: Any, num_tokens: Any, keyed: _Keyed, first_row: int, column: str
+) -> None:
+    wrong = np.flatnonzero(found & (num_tokens != keyed.num_tokens))
+    if len(wrong):
+        raise wrong_count(
+            store,
+            f"{column} of row {first_row + keyed.rows[wrong[0]]}",
+            num_tokens[wrong[0]],
+            keyed.num_tokens[wrong[0]],
+        )
+
+
+def wrong_count(store: RefStore, what: str, stored: int, scored: int) -> StoreError:
+    return StoreError(
+        f"{what} has {scored} tokens to score, and the store has a value for {stored}: it was not "
+        "computed for these ids. Were wrong values imported? Make the store anew",
+        "contradiction",
+        str(store.path),
+    )
 
 
 def import_columns(store: RefStore, dataset: Any, max_length: int | None, mode: str) -> int:
@@ -129,9 +171,10 @@ def import_columns(store: RefStore, dataset: Any, max_length: int | None, mode: 
                 records += _import_raw(w, batch)
                 continue
             for column, name in columns.items():
-                keys, num_tokens = _keys(batch, column, max_length, mode)
-                w.append(keys, batch[name], num_tokens)
-                records += len(num_tokens)
+                keyed = _keyed(batch, column, max_length, mode)
+                logps = np.asarray(batch[name], np.float64)[keyed.rows]
+                w.append(keyed.keys, logps, keyed.num_tokens)
+                records += len(keyed.rows)
     store.refresh()
     return records
 

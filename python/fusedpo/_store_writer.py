@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -108,4 +109,6 @@ class StoreWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()  # also after an exception: what was appended is good
+        # Also after an exception: what was appended is good. But then that is the one to be seen.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(StoreError):
+            self.close()

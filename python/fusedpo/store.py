@@ -121,6 +121,9 @@ class RefStore:
                 "io",
                 str(self.path),
             ) from e
+        # Or another process made the store and its first log meanwhile.
+        if leftover and (made := _store_identity.read(self.path)) is not None:
+            return made
         if leftover:
             raise StoreError(
                 f"{self.path} holds {leftover[0]} but no {_store_identity.NAME}. Restore that "
@@ -281,9 +284,12 @@ class RefStore:
                 `rejected_ids` (gets `ref_chosen_logps`, `ref_rejected_logps`), or `prompt_ids`,
                 `completion_ids` (gets `ref_logps`): token ids without padding, as TRL tokenises.
             max_length, truncation_mode: as in `DPOConfig`, when the ids are not truncated yet.
+                Where that leaves no completion (a row that a training drops) the value is NaN;
+                where it leaves only the first token of a sequence it is 0.
 
         Raises:
-            StoreError: records that are not in the store (code "missing_records").
+            StoreError: records that are not in the store (code "missing_records"), or are there for
+                another number of tokens ("contradiction").
         """
         from . import _store_columns
 
@@ -302,7 +308,8 @@ class RefStore:
             dataset: what `add_columns` returns; or columns `key`, `logps`, `num_tokens` (and
                 `token_logps`), as `export` writes them: a `datasets.Dataset`, a `pyarrow.Table`
                 or a dict of lists.
-            max_length, truncation_mode: as in `add_columns`.
+            max_length, truncation_mode: as in `add_columns`; rows of which they leave no token to
+                score are left out.
         """
         from . import _store_columns
 

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("trl", reason="precompute loads models with TRL")
 
 import peft
-from fusedpo._precompute.identity import model_identity
+from fusedpo._precompute import identity as identity_module
+from fusedpo._precompute.identity import model_identity, refuse_sharded
 from fusedpo._precompute.reference import load_reference, refuse_adapter_on_head
 from fusedpo._store_identity import differences
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -269,3 +270,64 @@ def test_each_field_that_differs_is_named_with_both_values() -> None:
     assert differences(reference, store) == [
         'scoring.autocast: the store has "bfloat16", this run has null'
     ]
+
+
+def test_infinity_in_a_config_is_json() -> None:
+    model = make_model()
+    model.config.time_step_limit = (0.0, float("inf"))  # as Mamba2, Bamba, Falcon-H1
+    found = identity(model)
+    assert found["model"]["config"]["time_step_limit"] == [0.0, "inf"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_how_a_model_is_quantised_counts() -> None:
+    """The dtype that 4-bit weights are computed in is in no tensor."""
+    models = []
+    for compute in ("float16", "bfloat16"):
+        model = make_model()
+        model.config.quantization_config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_compute_dtype": compute,
+        }
+        models.append(model)
+    assert differing(*models) == {"model.config.quantization_config.bnb_4bit_compute_dtype"}
+
+
+class Sharded(torch.Tensor):
+    """Stands for a DTensor: what is gathered lies where the tensor before it lay."""
+
+    buffers: dict[torch.Size, torch.Tensor] = {}
+
+    def full_tensor(self) -> torch.Tensor:
+        whole = self.as_subclass(torch.Tensor)
+        buffer = self.buffers.setdefault(whole.shape, torch.empty_like(whole))
+        return buffer.copy_(whole)
+
+
+def sharded(model: Any) -> Any:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            data = parameter.detach().as_subclass(Sharded)
+            module._parameters[name] = torch.nn.Parameter(data, requires_grad=False)
+    return model
+
+
+def test_sharded_parameters_are_told_apart_though_they_are_gathered_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(identity_module, "DTensor", Sharded)
+    last = make_model()
+    last.model.layers[-1].self_attn.q_proj.weight.data[0, 0] += 1
+    assert differing(sharded(make_model()), make_model()) == set()
+    assert differing(sharded(last), sharded(make_model())) == {"model.parameters"}
+
+
+def test_sharded_parameters_are_refused_where_processes_score_other_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(identity_module, "DTensor", Sharded)
+    model = sharded(make_model())
+    refuse_sharded(model, 1)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is sharded over processes"):
+        refuse_sharded(model, 2)

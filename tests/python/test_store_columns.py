@@ -11,7 +11,8 @@ import fusedpo
 import numpy as np
 import pytest
 from fusedpo import StoreError
-from fusedpo._store_columns import truncate
+from fusedpo._precompute.records import Record, keys_of
+from fusedpo._store_columns import num_scored, truncate
 from installs import needs_native
 from store_cases import Records, filled, new_store
 
@@ -35,7 +36,11 @@ def scored(store: fusedpo.RefStore, rows: dict[str, Any]) -> np.ndarray[Any, Any
     with store.writer() as w:
         for side, column in zip(values, ("chosen_ids", "rejected_ids"), strict=True):
             keys = fusedpo.record_keys(rows["prompt_ids"], rows[column])
-            w.append(keys, side, [len(c) for c in rows[column]])
+            w.append(
+                keys,
+                side,
+                [num_scored(*row) for row in zip(rows["prompt_ids"], rows[column], strict=True)],
+            )
     store.refresh()
     return values
 
@@ -110,6 +115,45 @@ def test_truncated_rows_are_looked_up_as_they_are_scored(tmp_path: pathlib.Path)
     assert extended["ref_chosen_logps"] == values[0].tolist()
     with pytest.raises(StoreError, match="truncation_mode"):
         store.add_columns(rows, max_length=4, truncation_mode="keep_middle")
+
+
+def test_imports_count_the_tokens_that_scoring_counts(tmp_path: pathlib.Path) -> None:
+    """Under keep_end a prompt may be cut away: then the first token of the completion has nothing
+    to be predicted from."""
+    rows = {"prompt_ids": [[1]], "completion_ids": [[4, 5, 6, 7]], "ref_logps": [-3.0]}
+    store = new_store(tmp_path)
+    cut = {"max_length": 4, "truncation_mode": "keep_end"}
+    assert store.import_columns(rows, **cut) == 1
+    record = Record(np.array([], np.int64), np.array([4, 5, 6, 7]))
+    with store.writer() as w:  # as precompute --per-token adds it
+        w.append(keys_of([record]), [-3.0], [record.num_tokens], [[-1.0] * 3])
+    store.refresh()
+    _, logps, num_tokens = store.lookup(keys_of([record]))
+    assert (logps.tolist(), num_tokens.tolist()) == ([-3.0], [3])
+    assert store.add_columns(rows, **cut)["ref_logps"] == [-3.0]
+
+
+def test_rows_without_a_token_to_score_are_left_out(tmp_path: pathlib.Path) -> None:
+    rows = {"prompt_ids": [[1, 2, 3], [1]], "completion_ids": [[4, 5], [6, 7]]}
+    rows["ref_logps"] = [-9.0, -2.0]
+    store = new_store(tmp_path)
+    assert store.import_columns(rows, max_length=3) == 1  # the first row's prompt fills it
+    np.testing.assert_array_equal(store.add_columns(rows, max_length=3)["ref_logps"], [np.nan, -2])
+    # What is left is a first token: nothing to predict it from.
+    last = {"max_length": 1, "truncation_mode": "keep_end"}
+    assert store.import_columns(rows, **last) == 0
+    assert store.add_columns(rows, **last)["ref_logps"] == [0.0, 0.0]
+
+
+def test_values_for_another_number_of_tokens_are_an_error(tmp_path: pathlib.Path) -> None:
+    rows = {"prompt_ids": [[9], [1, 2]], "completion_ids": [[9], [6, 7]]}
+    store = new_store(tmp_path)
+    keys = fusedpo.record_keys(rows["prompt_ids"], rows["completion_ids"])
+    with store.writer() as w:
+        w.append(keys, [-1.0, -2.0], [1, 3])
+    store.refresh()
+    with pytest.raises(StoreError, match="completion_ids of row 1 has 2 tokens .* value for 3"):
+        store.add_columns(rows)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])

@@ -15,7 +15,7 @@ from typing import Any
 import fusedpo
 import numpy as np
 import pytest
-from fusedpo import StoreError
+from fusedpo import StoreError, _store_identity
 from fusedpo.store import STORE_ERROR_CODES
 from installs import copy_package, needs_native
 from store_cases import IDENTITY, Records, filled, new_store
@@ -392,6 +392,47 @@ def test_full_disk_keeps_what_was_synced(tmp_path: pathlib.Path) -> None:
     report = store.verify()
     assert report.ok
     assert report.notes[0].offset == 64 + 100 * 32 + 64
+
+
+@needs_native
+def test_a_with_shows_the_error_that_broke_the_writer(tmp_path: pathlib.Path) -> None:
+    records = Records(3000)
+    store = new_store(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(StoreError) as caught, store.writer() as writer:
+            records.append(writer, slice(0, 3000))
+            writer.sync()
+        assert caught.value.code == "io"
+        # Nor does a broken writer hide an interruption.
+        with pytest.raises(KeyboardInterrupt), store.writer() as writer:
+            records.append(writer, slice(0, 3000))
+            with pytest.raises(StoreError):
+                writer.sync()
+            raise KeyboardInterrupt
+        with pytest.raises(StoreError) as caught, store.writer() as writer:
+            records.append(writer, slice(0, 3000))
+        assert caught.value.code == "io", "without another error that of closing is raised"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@needs_native
+def test_a_store_made_meanwhile_by_another_process_is_opened(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its identity and its first log appear between our look at the one and at the other."""
+    filled(tmp_path, Records(3))
+    read, looks = _store_identity.read, []
+    monkeypatch.setattr(
+        _store_identity,
+        "read",
+        lambda folder: read(folder) if looks else looks.append(folder),
+    )
+    assert len(new_store(tmp_path)) == 3
 
 
 @needs_native

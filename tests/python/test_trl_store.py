@@ -129,7 +129,7 @@ def test_the_reference_runs_before_the_first_step_and_never_after(
 def test_values_and_rewards_of_step_0_keep_to_the_bound(tmp_path: pathlib.Path) -> None:
     trainer = with_store(tmp_path, tmp_path / "refs", max_steps=1, learning_rate=0.0)
     reference = make_model().double().eval()
-    worst = 0.0
+    worst = largest = 0.0
     for start in range(0, 16, 4):
         rows = [trainer.train_dataset[i] for i in range(start, start + 4)]
         batch = trainer.data_collator(rows)
@@ -147,13 +147,17 @@ def test_values_and_rewards_of_step_0_keep_to_the_bound(tmp_path: pathlib.Path) 
                 fused_lm_head=True,
             ).log_probs.sum(1, dtype=torch.float64)
         difference = np.abs(stored - theirs.numpy()) / (EPS * scale)
+        largest = max(largest, float(scale.max()))
+        with torch.no_grad():  # the policy, which a learning rate of 0 left as it was
+            policy = trainer.token_logps(trainer.model, batch).sum(1, dtype=torch.float64).numpy()
+        rewards = trainer.beta * np.abs(policy - stored)
+        assert (rewards <= trainer.beta * BOUND * EPS * scale).all()
         worst = max(worst, float(difference.max()))
     print(f"largest difference {worst:.2f} eps (sum |logp_t| + max |z|)")
     assert worst <= BOUND
     # At step 0 the policy is the reference. Means over the batch are below the largest bound.
     first = logged(trainer)[0]
-    limit = trainer.beta * BOUND * EPS * 100  # no scale here is as large as 100
-    assert scale.max() < 100
+    limit = trainer.beta * BOUND * EPS * largest
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert abs(first[name]) <= (2 if name == "rewards/margins" else 1) * limit
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -287,6 +291,9 @@ def test_a_stream_is_looked_up_and_what_it_brings_is_scored_by_the_reference(
     streamed = contents(tmp_path / "refs")
     assert streamed.keys() == plain.keys()
     assert max(abs(streamed[key] - plain[key]) for key in plain) < 1e-4
+    files = RefStore(tmp_path / "refs").files()
+    assert files
+    assert all(file.closed for file in files), "a merge may remove what a training wrote"
     again = train_stream(tmp_path, inputs.model, make_pairs(16), ref_miss="error", **keywords)
     assert again._stored_reference._loaded is None
     assert_equal(again, want)
@@ -322,8 +329,38 @@ def test_a_late_evaluation_is_scored_by_the_reference_of_the_beginning(
             FusedDPOTrainer, tmp_path, model=inputs.model, with_ref_model=False, keywords=keywords
         )
         results.append(trainer.evaluate(late))
+    files = RefStore(tmp_path / "refs").files()
+    assert len(files) == 2
+    assert all(file.closed for file in files)
     for name in ("eval_loss", "eval_rewards/margins"):
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-5)
+
+
+def test_a_value_for_another_number_of_tokens_is_an_error(tmp_path: pathlib.Path) -> None:
+    with_store(tmp_path, tmp_path / "refs", max_steps=1)
+    store = RefStore(tmp_path / "refs")
+    wrong = RefStore(tmp_path / "wrong", "a", identity=store.identity)
+    with wrong.writer() as writer:
+        for keys, logps, num_tokens, *_ in store.batches():
+            writer.append(keys, logps, num_tokens + 1)
+    with pytest.raises(StoreError, match="tokens to score, and the store has a value for"):
+        with_store(tmp_path, tmp_path / "wrong", max_steps=1)
+
+
+def test_a_split_for_evaluation_may_be_called_train(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FusedDPOTrainer(
+        make_model(),
+        args=make_config(tmp_path),
+        train_dataset=Dataset.from_list(make_pairs(8)),
+        eval_dataset={"train": Dataset.from_list(make_pairs(3, seed=4))},
+        processing_class=make_tokenizer(),
+        ref_store=tmp_path / "refs",
+    )
+    told = capsys.readouterr().out
+    assert "refs: train has 16 records" in told
+    assert "refs: eval train has 6 records" in told
 
 
 def test_per_token_values_are_needed_for_ld_alpha_and_said_so(tmp_path: pathlib.Path) -> None:

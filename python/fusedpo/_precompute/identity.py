@@ -10,6 +10,7 @@ not a mere zero.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
 _NOT_LOGITS = re.compile(
     r"^_|_token_id$|drop|^initializer|use_cache|^router_aux_loss|^output_router_logits$"
     r"|^router_jitter|^pretraining_tp$|^(torch_)?dtype$|^gradient_checkpointing$|^id2label$"
-    r"|^label2id$|^auto_map$|^architectures$|^transformers_version$|^quantization_config$"
+    r"|^label2id$|^auto_map$|^architectures$|^transformers_version$"
 )
 
 
@@ -64,6 +65,20 @@ def model_identity(model: Any, *, autocast: str | None, temperature: float = 1.0
     }
 
 
+def refuse_sharded(model: Any, world_size: int) -> None:
+    """Raise ValueError where parameters are shared out among processes.
+
+    Each of these scores other batches, so the collective operations of a forward would never meet.
+    """
+    for name, parameter in model.named_parameters() if world_size > 1 else ():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"the parameter {name} is sharded over processes (a DTensor: tensor parallelism or "
+                f"FSDP2), and each of the {world_size} processes scores other batches. Give every "
+                "process the whole model, or run fusedpo precompute in one process before."
+            )
+
+
 def _logit_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that can change logits, in JSON's types."""
     from transformers import PretrainedConfig
@@ -85,6 +100,8 @@ def _jsonable(value: Any) -> Any:
         return [_jsonable(each) for each in value]
     if isinstance(value, (set, frozenset)):
         return sorted(_jsonable(each) for each in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity; Mamba's time_step_limit does
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
@@ -282,19 +299,18 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         contents = []
         for name, tensor in sorted(tensors.items()):
-            content = pool.submit(_content, _gathered(tensor), seen)
             if isinstance(tensor, DTensor):
-                content.result()  # one gathered tensor in memory at a time
+                # One gathered tensor in memory at a time. The next one may get its address, so its
+                # digest is not kept by it.
+                content = pool.submit(_content, tensor.full_tensor(), {})
+                content.result()
+            else:
+                content = pool.submit(_content, tensor, seen)
             contents.append((name, tensor, content))
         for name, tensor, content in contents:
             whole.update(f"{name}\0{_name(tensor.dtype)}\0{list(tensor.shape)}\0".encode())
             whole.update(content.result())
     return "sha256:" + whole.hexdigest()
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    # In the calling thread and in the order of the names: it is a collective operation.
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _content(tensor: Tensor, seen: dict[tuple[Any, ...], bytes]) -> bytes:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedpo._store_columns import num_scored
 from fusedpo.store import record_keys
 
 _CHUNK_ROWS = 1024
@@ -33,8 +34,8 @@ class Record(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that get a log-prob: the first of a sequence has nothing to be predicted from."""
-        return max(0, len(self.completion) - (len(self.prompt) == 0))
+        """Tokens that get a log-prob."""
+        return num_scored(self.prompt, self.completion)
 
 
 class Source(Protocol):

@@ -79,6 +79,7 @@ def precompute(
     """
     require_packages(peft=ref_adapter is not None)
     from .data import check_truncation, completion_columns, load_data, tokenize
+    from .identity import refuse_sharded
     from .reference import fused_head, load_processing_class, pad_token_id, process_state
 
     check_truncation(max_length, truncation_mode)
@@ -93,6 +94,8 @@ def precompute(
         if processing_class is None:
             processing_class = load_processing_class(model, revision)
         ours = isinstance(model, str)
+        if not ours:
+            refuse_sharded(model, state.num_processes)
         model, identity = reference_of(
             model,
             dtype=dtype,

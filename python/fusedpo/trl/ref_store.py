@@ -28,9 +28,10 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 from fusedpo import pair_logps
 from fusedpo._head import add_fused_head
 from fusedpo._precompute.filling import Scorer, fill, open_store
-from fusedpo._precompute.identity import model_identity
+from fusedpo._precompute.identity import model_identity, refuse_sharded
 from fusedpo._precompute.records import RecordIndex, index_records, keys_of
 from fusedpo._precompute.scoring import scoring_mode, sums
+from fusedpo._store_columns import wrong_count
 from fusedpo._store_identity import compared, differences
 from fusedpo.store import RefStore, StoreError
 from fusedpo.trl.ref_batches import CollatedRows, records_of_batch
@@ -91,6 +92,7 @@ class StoredReference:
             raise ValueError(f"ref_store supports mixed precision no, bf16, fp16; got {mixed!r}.")
         self._autocast = _AUTOCAST[mixed]
         model, adapter = self._reference()
+        refuse_sharded(model, trainer.accelerator.num_processes)
         with adapter:
             self._identity = self._identify(model)
         self._append = options.miss == "compute"
@@ -240,10 +242,11 @@ class StoredReference:
         # What has no token to score has log-prob 0 and is in no store.
         scored = [i for i, record in enumerate(records) if record.num_tokens]
         keys = keys_of([records[i] for i in scored])
-        found, values, tokens = self._lookup(keys)
+        counts = np.array([records[i].num_tokens for i in scored], np.int64)
+        found, values, tokens = self._lookup(keys, counts)
         if not found.all():
             self._store.refresh()  # another process may have scored it meanwhile
-            found, values, tokens = self._lookup(keys)
+            found, values, tokens = self._lookup(keys, counts)
         if not found.all():
             missing = np.flatnonzero(~found)
             if not self._append:
@@ -267,13 +270,22 @@ class StoredReference:
         return pair.chosen.to(dtype), pair.rejected.to(dtype)
 
     def _lookup(
-        self, keys: NDArray[np.uint8]
+        self, keys: NDArray[np.uint8], counts: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float64], list[Any]]:
+        found: NDArray[np.bool_]
+        stored: Any
         if self._per_token:
             found, tokens = self._store.lookup_tokens(keys)
-            return found, sums(tokens), list(tokens)
-        found, values, _ = self._store.lookup(keys)
-        return found, values.copy(), [None] * len(keys)
+            values, stored = sums(tokens), np.array([len(each) for each in tokens], np.int64)
+        else:
+            found, logps, stored = self._store.lookup(keys)
+            values, tokens = logps.copy(), [None] * len(keys)
+        wrong = np.flatnonzero(found & (stored != counts))
+        if len(wrong):
+            raise wrong_count(
+                self._store, "a completion of a batch", stored[wrong[0]], counts[wrong[0]]
+            )
+        return found, values, list(tokens)
 
     def _score_and_append(
         self, inputs: Mapping[str, Any], rows: Sequence[int], keys: NDArray[np.uint8]
@@ -296,6 +308,15 @@ class StoredReference:
         )
         self._writer.sync()
         return values
+
+    def __enter__(self) -> StoredReference:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Close this process's log, so that a merge may remove it; the next miss opens another."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.__exit__(*error)
 
     def _reference(self) -> tuple[Any, contextlib.AbstractContextManager[Any]]:
         """The reference before the first step, and the state of adapters in which it is one."""

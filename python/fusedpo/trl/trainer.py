@@ -100,7 +100,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _splits(self) -> dict[str, Any]:
         splits = {"train": self.train_dataset}
         if isinstance(self.eval_dataset, dict):
-            splits |= self.eval_dataset
+            splits |= {f"eval {name}": each for name, each in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             splits["eval"] = self.eval_dataset
         return splits
@@ -115,6 +115,17 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "parameters are sharded. Use DPOConfig(precompute_ref_log_probs=True) there."
             )
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        """As `transformers.Trainer.train`; what was added to the reference store is closed."""
+        with self._stored_reference or contextlib.nullcontext():
+            return super().train(*arguments, **keywords)
+
+    def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
+        """As `transformers.Trainer.evaluation_loop`, which evaluate and predict call."""
+        log = None if self.is_in_train else self._stored_reference
+        with log or contextlib.nullcontext():
+            return super().evaluation_loop(*arguments, **keywords)
 
     def _is_sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
