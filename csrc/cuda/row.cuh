@@ -106,17 +106,26 @@ __device__ inline Compute<T> largest(const Words (&words)[kCount]) {
 
 // ---- where a row's vectors lie --------------------------------------------------
 
-// Values [0, head) lie before the first 16-byte boundary, then come `vectors` vectors, then
-// [tail, cols).
+// Values [0, head) come before the first vector, then come `vectors` vectors, then [tail, cols).
 template <typename T>
 struct RowSplit {
   int head, vectors, tail, cols;
 
+  // Vectors lie on 16-byte boundaries.
   __device__ RowSplit(const T* data, int cols_) : cols(cols_) {
     const int past = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
     head = past == 0 ? 0 : kPerVector<T> - past;
     head = head < cols ? head : cols;
     vectors = (cols - head) / kPerVector<T>;
+    tail = head + vectors * kPerVector<T>;
+  }
+
+  // Vectors lie at the same columns wherever the row begins, with a vector's room on both sides:
+  // the aligned vectors around each lie within the row's memory.
+  __device__ explicit RowSplit(int cols_) : cols(cols_) {
+    head = cols < kPerVector<T> ? cols : kPerVector<T>;
+    const int whole = (cols - head) / kPerVector<T>;
+    vectors = whole > 1 ? whole - 1 : 0;
     tail = head + vectors * kPerVector<T>;
   }
 

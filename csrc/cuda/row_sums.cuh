@@ -173,13 +173,18 @@ __device__ inline int single_of(const RowSplit<T>& split, int label_vector) {
   return label_vector >= 0 && k < kPerVector<T> ? split.begin_of(label_vector) + k : -1;
 }
 
-// What one thread sees of the row; kLast: nobody reads the row again soon.
-template <typename Row, bool kMetrics, bool kLast>
+// How vectors are read: aligned ones that somebody reads again soon or that nobody does, or ones
+// that lie across boundaries.
+enum class Read { kAgain, kLast, kShifted };
+
+// What one thread sees of the row.
+template <typename Row, bool kMetrics, Read kRead>
 __device__ inline void sum_thread(const Row& row, const RowSplit<typename Row::Value>& split,
                                   int label, RowSums<typename Row::C>* s) {
   using T = typename Row::Value;
   constexpr int kBatch = Row::kBatch;
   using Plan = Batches<kBatch>;
+  const unsigned past = static_cast<unsigned>(reinterpret_cast<uintptr_t>(row.data) % 16);
   const int label_vector = split.vector_of(label);
   const int label_batch = Plan::own_batch(label_vector);
   Batch<Row> batch{split, Plan::first(), label_vector};
@@ -187,19 +192,21 @@ __device__ inline void sum_thread(const Row& row, const RowSplit<typename Row::V
 #pragma unroll 1
   for (; batch.vector < split.vectors; batch.vector += Plan::step()) {
     Words words[kBatch];
-    const bool all =
-        batch.vector + 32 * (kBatch - 1) < split.vectors && batch.vector != label_batch;
+    const bool all = kRead != Read::kShifted && batch.vector + 32 * (kBatch - 1) < split.vectors &&
+                     batch.vector != label_batch;
     if (Row::kPlain && all) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const T* const at = from + b * 32 * kPerVector<T>;
-        words[b] = kLast ? load_words_last(at) : load_words(at);
+        words[b] = kRead == Read::kLast ? load_words_last(at) : load_words(at);
       }
       add_batch<Row, kMetrics, true>(row, words, batch, s);
     } else {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (batch.wants(b)) words[b] = load_words(from + b * 32 * kPerVector<T>);
+        if (!batch.wants(b)) continue;
+        const T* const at = from + b * 32 * kPerVector<T>;
+        words[b] = kRead == Read::kShifted ? load_words_shifted(at, past) : load_words(at);
       }
       add_batch<Row, kMetrics, false>(row, words, batch, s);
     }
@@ -307,19 +314,28 @@ __device__ FUSEDPO_OUTLINED inline void finish_sums(double anchor, double max_u,
 }
 
 // Reads a row; `score` is shared and written by thread 0. Every thread of the block calls it.
-// label_value(x) is the label's x in higher precision than the row's.
+// kLast: nobody reads the row again; then the results do not depend on where it lies, either: rows
+// of an odd length may change places. label_value(x) is the label's x in higher precision than the
+// row's.
 template <typename Row, bool kMetrics, bool kLast, typename LabelValue>
 __device__ inline void score_row(const Row& row, int cols, int label, LabelValue label_value,
                                  RowScore* score) {
   using C = typename Row::C;
-  const RowSplit<typename Row::Value> split(row.data, cols);
+  using Split = RowSplit<typename Row::Value>;
+  const Split split = kLast ? Split(cols) : Split(row.data, cols);
   const C label_x = static_cast<C>(to_float(row.data[label])), label_u = row.u(label_x, label);
   const C label_bits = label_u * row.bits;
   // A masked label is no anchor: the first value that is not masked will be.
   RowSums<C> s(is_extreme<C>(label_u, row.bits) || !(fabs(label_bits) < INFINITY)
                    ? C(-0x1p24)
                    : std::ceil(label_bits));
-  sum_thread<Row, kMetrics, kLast>(row, split, label, &s);
+  if constexpr (!kLast) {
+    sum_thread<Row, kMetrics, Read::kAgain>(row, split, label, &s);
+  } else if (reinterpret_cast<uintptr_t>(row.data) % 16 == 0) {
+    sum_thread<Row, kMetrics, Read::kLast>(row, split, label, &s);
+  } else {
+    sum_thread<Row, kMetrics, Read::kShifted>(row, split, label, &s);
+  }
   const C most = block_max(s.max), top = larger(most, label_u);
   const bool holds = s.max == most && most > label_u;
   if (holds) s.remove_largest(row.bits);
