@@ -3,6 +3,8 @@
 # reads the files of a store. Says so when there is no Clang; a crash is a failure.
 set -euo pipefail
 venv=$1 seconds=$2
+# To stderr, and for the end of .ci/run.
+not_run() { echo "fusedpo: $1" | tee -a "${FUSEDPO_NOT_RUN:-/dev/null}" >&2; }
 
 clang() {
   local name
@@ -21,14 +23,14 @@ install_clang() {
 }
 
 compiler=$(clang) || { install_clang && compiler=$(clang); } || {
-  echo "fusedpo: fuzzing did NOT run: there is no clang++ and it could not be installed (Debian, Ubuntu: apt install clang)" >&2
+  not_run "fuzzing did NOT run: there is no clang++ and it could not be installed (Debian, Ubuntu: apt install clang)"
   exit 0
 }
 "$venv/bin/cmake" -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/$venv/bin/ninja" \
   -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFUSEDPO_BUILD_PYTHON=OFF \
   -DFUSEDPO_CUDA=OFF -DFUSEDPO_SANITIZE=ON -DFUSEDPO_FUZZ=ON > build/fuzz.log 2>&1 || {
   tail -n 15 build/fuzz.log >&2
-  echo "fusedpo: fuzzing did NOT run: $compiler cannot build it (all of CMake's output: build/fuzz.log)" >&2
+  not_run "fuzzing did NOT run: $compiler cannot build it (all of CMake's output: build/fuzz.log)"
   exit 0
 }
 "$venv/bin/cmake" --build build/fuzz --target store_fuzz

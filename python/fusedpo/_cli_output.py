@@ -64,6 +64,8 @@ def precompute_text(report: PrecomputeReport) -> str:
             f"{report.sample.largest_difference:.2g} nats, relative "
             f"{report.sample.largest_relative_difference:.2g}"
         )
+        if report.sample.disagreeing:
+            lines.append(f"{report.sample.disagreeing} of them differ by more than rounding allows")
     return "\n".join(lines)
 
 

@@ -45,15 +45,26 @@ def main(arguments: list[str] | None = None) -> int:
         name = signal.Signals(stop.number).name
         message = f"stopped by {name}. What was scored is kept; run it again to go on."
         return _fail(options, message, 128 + stop.number)
-    except (StoreError, ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except Exception as error:
         if options.debug:
             raise
-        return _fail(options, str(error).strip() or type(error).__name__, 1)
+        return _fail(options, _told(error), 1)
     finally:
         _leave_process_group()
     if output.is_main_process():
         print(json.dumps(report, indent=2) if options.json else text)
     return code
+
+
+_TELLING = (StoreError, ValueError, TypeError, OSError, ImportError, RuntimeError)
+
+
+def _told(error: Exception) -> str:
+    """The message of an error; with its type, where that is none whose messages stand alone."""
+    message, name = str(error).strip(), type(error).__name__
+    if message and isinstance(error, _TELLING):
+        return message
+    return f"{name}: {message}" if message else name
 
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
@@ -107,7 +118,8 @@ def _precompute(options: argparse.Namespace) -> Result:
         verify_sample=options.verify_sample,
         progress=output.ProgressBar() if output.is_main_process() else None,
     )
-    return report.as_dict(), output.precompute_text(report), 0
+    failed = report.sample is not None and report.sample.disagreeing > 0
+    return report.as_dict(), output.precompute_text(report), 1 if failed else 0
 
 
 def _inspect(options: argparse.Namespace) -> Result:

@@ -193,7 +193,9 @@ def test_exported_values_come_back_by_import(
 def test_failures_are_one_line_exit_code_1_and_json_where_asked(
     inputs: Inputs, refs: pathlib.Path, tmp_path: pathlib.Path, fusedpo: Callable[..., Any]
 ) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "chosen"\n', encoding="utf-8")
     for arguments, message in (
+        (precompute(inputs._replace(data=str(tmp_path / "broken.jsonl")), refs), "Error"),
         (("inspect", tmp_path / "nowhere"), "does not exist"),
         (("verify", tmp_path / "nowhere"), "does not exist"),
         (("merge", tmp_path), "holds no store: there is no identity.json"),

@@ -20,8 +20,9 @@ import fusedpo
 from datasets import Dataset
 from fusedpo import RefStore, StoreError, precompute
 from fusedpo._precompute.data import tokenize
-from fusedpo._precompute.filling import Progress
+from fusedpo._precompute.filling import Progress, open_store
 from fusedpo._precompute.records import keys_of
+from fusedpo.store import record_keys
 from peft import LoraConfig, get_peft_model
 from precompute_helpers import (
     Inputs,
@@ -184,6 +185,7 @@ def test_a_sample_is_scored_again_one_by_one(inputs: Inputs, tmp_path: pathlib.P
     assert report.sample is not None
     assert report.sample.records == 7
     assert report.sample.largest_difference < 1e-4
+    assert report.sample.disagreeing == 0
     # A store that somebody filled with other numbers is found out.
     wrong = RefStore(tmp_path / "wrong", "a", identity=RefStore(path).identity)
     with wrong.writer() as writer:
@@ -193,6 +195,28 @@ def test_a_sample_is_scored_again_one_by_one(inputs: Inputs, tmp_path: pathlib.P
     assert report.scored == 0
     assert report.sample is not None
     assert report.sample.largest_difference == pytest.approx(1.0, abs=1e-4)
+    assert report.sample.disagreeing == 7
+
+
+def test_the_tolerance_holds_what_rounding_may_do_and_no_more(tmp_path: pathlib.Path) -> None:
+    """Two processes of a stream may score one short completion in different batches."""
+    scoring = {"dtype": "float32", "autocast": None}
+    eps = float(np.finfo(np.float32).eps)
+    for logp, logit in ((0.0, 50.0), (-1.0, 30.0), (-400.0, 50.0)):
+        path = tmp_path / str(logp)
+        store = open_store(str(path), {"scoring": scoring})
+        keys = record_keys([[1]], [[2]])
+        bound = 8 * eps * (abs(logp) + logit)
+        for value in (logp - 2 * bound, logp):  # each within the bound of one in their middle
+            with store.writer() as writer:
+                writer.append(keys, [value], [1])
+        store.refresh()
+        assert store.lookup(keys)[0].all()
+        with store.writer() as writer:
+            writer.append(keys, [logp - 0.001 * max(1, abs(logp))], [1])
+        store.refresh()
+        with pytest.raises(StoreError, match="more than the tolerance"):
+            store.lookup(keys)
 
 
 def test_random_states_are_left_as_they_were(inputs: Inputs, tmp_path: pathlib.Path) -> None:
@@ -303,6 +327,11 @@ def test_bad_arguments_are_refused_before_anything_is_made(
     assert not (tmp_path / "refs").exists()
 
 
+def test_paths_may_be_path_objects(inputs: Inputs, tmp_path: pathlib.Path) -> None:
+    paths = (pathlib.Path(each) for each in (*inputs, tmp_path / "refs"))
+    assert precompute(*paths, **SMALL).scored > 0
+
+
 def test_a_directory_that_cannot_be_made_is_a_store_error(
     inputs: Inputs, tmp_path: pathlib.Path
 ) -> None:
@@ -321,6 +350,7 @@ def test_two_ranks_share_the_work_and_end_with_the_bits_of_one(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "fusedpo", "precompute", "--model", inputs.model, "--data", inputs.data]
     command += ["--output", str(path), "--autocast", "no", "--max-tokens-per-batch", "96", "--json"]
+    command += ["--verify-sample", "9"]
     result = subprocess.run(
         command,
         capture_output=True,
@@ -332,6 +362,7 @@ def test_two_ranks_share_the_work_and_end_with_the_bits_of_one(
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout)
     assert (report["rank"], report["world_size"]) == (0, 2)
+    assert report["sample"]["records"] == 9, "of both ranks together"
     logs = [each for each in RefStore(path).files() if each.kind == "log"]
     # Nothing was scored twice: the logs of both ranks together hold each record once.
     assert len(logs) == 2

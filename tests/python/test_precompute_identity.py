@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -297,7 +297,7 @@ def test_how_a_model_is_quantised_counts() -> None:
 class Sharded(torch.Tensor):
     """Stands for a DTensor: what is gathered lies where the tensor before it lay."""
 
-    buffers: dict[torch.Size, torch.Tensor] = {}
+    buffers: ClassVar[dict[torch.Size, torch.Tensor]] = {}
 
     def full_tensor(self) -> torch.Tensor:
         whole = self.as_subclass(torch.Tensor)

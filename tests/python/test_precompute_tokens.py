@@ -206,6 +206,9 @@ def test_data_come_from_files_and_directories_of_every_kind(tmp_path: pathlib.Pa
     (tmp_path / "pairs.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match=r"data must end in \.json"):
         load_data(str(tmp_path / "pairs.txt"))
+    for mistyped in ("pairs.jsonl", "data/pairs.csv", "pairs.json.gz"):  # no names of the Hub
+        with pytest.raises(FileNotFoundError, match=f"no such: {mistyped}"):
+            load_data(mistyped)
     with pytest.raises(FileNotFoundError, match="no such"):
         load_data(str(tmp_path / "nothing.jsonl"))
 

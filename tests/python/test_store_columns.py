@@ -152,7 +152,7 @@ def test_values_for_another_number_of_tokens_are_an_error(tmp_path: pathlib.Path
     with store.writer() as w:
         w.append(keys, [-1.0, -2.0], [1, 3])
     store.refresh()
-    with pytest.raises(StoreError, match="completion_ids of row 1 has 2 tokens .* value for 3"):
+    with pytest.raises(StoreError, match=r"completion_ids of row 1 has 2 tokens .* value for 3"):
         store.add_columns(rows)
 
 

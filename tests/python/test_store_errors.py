@@ -398,23 +398,26 @@ def test_full_disk_keeps_what_was_synced(tmp_path: pathlib.Path) -> None:
 def test_a_with_shows_the_error_that_broke_the_writer(tmp_path: pathlib.Path) -> None:
     records = Records(3000)
     store = new_store(tmp_path)
+
+    def write(*, syncing: bool, interrupted: bool = False) -> None:
+        with store.writer() as writer:
+            records.append(writer, slice(0, 3000))
+            if interrupted:
+                assert error_of(writer.sync).code == "io"
+                raise KeyboardInterrupt
+            if syncing:
+                writer.sync()
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(StoreError) as caught, store.writer() as writer:
-            records.append(writer, slice(0, 3000))
-            writer.sync()
-        assert caught.value.code == "io"
+        assert error_of(lambda: write(syncing=True)).code == "io"
+        # Without another error that of closing is raised.
+        assert error_of(lambda: write(syncing=False)).code == "io"
         # Nor does a broken writer hide an interruption.
-        with pytest.raises(KeyboardInterrupt), store.writer() as writer:
-            records.append(writer, slice(0, 3000))
-            with pytest.raises(StoreError):
-                writer.sync()
-            raise KeyboardInterrupt
-        with pytest.raises(StoreError) as caught, store.writer() as writer:
-            records.append(writer, slice(0, 3000))
-        assert caught.value.code == "io", "without another error that of closing is raised"
+        with pytest.raises(KeyboardInterrupt):
+            write(syncing=True, interrupted=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)

@@ -7,6 +7,7 @@ installed TRL tokenises, with the settings of a DPOConfig.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -42,8 +43,8 @@ def load_data(data: Any, split: str | None = None) -> Any:
     """
     import datasets
 
-    if isinstance(data, (str, pathlib.Path)):
-        data = _load(str(data), split)
+    if isinstance(data, (str, os.PathLike)):
+        data = _load(os.fspath(data), split)
     if isinstance(data, (datasets.DatasetDict, dict)):
         data = _one_split(data, split)
     if isinstance(data, datasets.IterableDataset):
@@ -73,7 +74,8 @@ def _load(data: str, split: str | None) -> Any:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return datasets.load_from_disk(data)
         return datasets.load_dataset(data)
-    if path.is_absolute() or data.startswith(".") or data.count("/") > 1:
+    is_file_name = any(suffix.lower() in _LOADERS for suffix in path.suffixes)
+    if is_file_name or path.is_absolute() or data.startswith(".") or data.count("/") > 1:
         raise FileNotFoundError(f"data must be a file, a directory or a hub name; no such: {data}")
     return datasets.load_dataset(data, split=split) if split else datasets.load_dataset(data)
 

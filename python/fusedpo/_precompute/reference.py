@@ -79,7 +79,8 @@ def load_processing_class(model: Any, revision: str | None) -> Any:
     """Return the tokenizer (or the processor) that belongs to a model, as DPOTrainer does."""
     from transformers import AutoProcessor
 
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    path = isinstance(model, (str, os.PathLike))
+    name = os.fspath(model) if path else getattr(model.config, "_name_or_path", "")
     if not name:
         raise ValueError(
             "the model does not tell where its tokenizer is. Pass processing_class=tokenizer."

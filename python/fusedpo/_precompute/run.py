@@ -8,10 +8,12 @@ run gives it: a run that was killed and started again ends with the bits of one 
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from .filling import PrecomputeReport, Progress, Scorer, fill, open_store
+from .filling import PrecomputeReport, Progress, Scorer, combined, fill, open_store
 from .records import index_records
 from .scoring import autocast_dtype, random_states_kept
 
@@ -21,10 +23,10 @@ MAX_TOKENS_PER_BATCH = 8192
 def precompute(
     model: Any,
     data: Any,
-    output: str,
+    output: str | os.PathLike[str],
     *,
     split: str | None = None,
-    ref_adapter: str | None = None,
+    ref_adapter: str | os.PathLike[str] | None = None,
     processing_class: Any = None,
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
@@ -60,7 +62,8 @@ def precompute(
         attn_implementation: as for `from_pretrained`, e.g. "flash_attention_2".
         max_tokens_per_batch: tokens of a batch, padding included; bounds the memory.
         per_token: store each token's log-prob, too; `DPOConfig(ld_alpha=...)` needs them.
-        verify_sample: so many records are scored again, one by one, and compared.
+        verify_sample: so many records, of all processes together, are scored again, one by one,
+            and compared.
         progress: told how far the scoring is.
 
     Returns:
@@ -93,7 +96,7 @@ def precompute(
         completions = completion_columns(dataset)
         if processing_class is None:
             processing_class = load_processing_class(model, revision)
-        ours = isinstance(model, str)
+        ours = isinstance(model, (str, os.PathLike))
         if not ours:
             refuse_sharded(model, state.num_processes)
         model, identity = reference_of(
@@ -114,7 +117,7 @@ def precompute(
         )
         scorer = Scorer(model, compute_dtype, pad_token_id(processing_class), inference_mode=ours)
         with fused_head(model):
-            return fill(
+            report = fill(
                 store,
                 str(output),
                 source,
@@ -127,6 +130,11 @@ def precompute(
                 verify_sample=verify_sample,
                 progress=progress or Progress(),
             )
+    if report.sample is not None and state.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        report = replace(report, sample=combined(gather_object([report.sample])))
+    return report
 
 
 def reference_of(
@@ -136,20 +144,20 @@ def reference_of(
     autocast: str,
     revision: str | None,
     attn_implementation: str | None,
-    ref_adapter: str | None,
+    ref_adapter: str | os.PathLike[str] | None,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model that scores, loaded if it is a name, and its identity."""
     from .identity import model_identity
     from .reference import load_reference, refuse_adapter_on_head
 
     compute_dtype = autocast_dtype(autocast)
-    if isinstance(model, str):
+    if isinstance(model, (str, os.PathLike)):
         model = load_reference(
-            model,
+            os.fspath(model),
             dtype=dtype,
             revision=revision,
             attn_implementation=attn_implementation,
-            ref_adapter=ref_adapter,
+            ref_adapter=None if ref_adapter is None else os.fspath(ref_adapter),
         )
     elif ref_adapter is not None:
         raise ValueError("ref_adapter needs a model given by its path or name; pass a PeftModel.")
