@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <new>
 #include <random>
 #include <set>
 
@@ -290,6 +291,29 @@ TEST(Log, FailedSyncIsFatalAndNeverRetried) {
   EXPECT_EQ(files.calls(), calls);
   std::mt19937_64 random(1);
   files.crash(random);
+  const Read seen = read(files.content(files.paths().at(0)));
+  EXPECT_EQ(seen.records.size(), 3u);
+  EXPECT_EQ(seen.scan.damage_count, 0u);
+}
+
+// Otherwise its next marker would confirm bytes that are not there: damage that nobody did.
+TEST(Log, WriterIsBrokenByAnyExceptionWithinAStep) {
+  FaultFileSystem files;
+  LogWriter writer = writer_on(files, 1);
+  append(writer, range(0, 3));
+  writer.sync();
+  files.run_out_of_memory_at(files.calls());
+  EXPECT_THROW(append(writer, range(3, 40000)), std::bad_alloc);  // more than the buffer holds
+  for (const auto& call : std::vector<std::function<void()>>{
+           [&] { append(writer, {7}); }, [&] { writer.sync(); }, [&] { writer.close(); }}) {
+    try {
+      call();
+      ADD_FAILURE() << "a broken writer was used";
+    } catch (const StoreError& e) {
+      EXPECT_EQ(e.code, StoreCode::kClosed);
+      EXPECT_NE(std::string(e.what()).find(std::bad_alloc().what()), std::string::npos) << e.what();
+    }
+  }
   const Read seen = read(files.content(files.paths().at(0)));
   EXPECT_EQ(seen.records.size(), 3u);
   EXPECT_EQ(seen.scan.damage_count, 0u);
