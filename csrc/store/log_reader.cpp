@@ -79,9 +79,16 @@ const unsigned char* BufferedReader::at(std::uint64_t offset, std::size_t size) 
 }
 
 std::size_t MappedFile::read_at(std::uint64_t offset, void* to, std::size_t size) const {
-  if (offset >= bytes_.size()) return 0;
-  const std::size_t n = std::min<std::uint64_t>(size, bytes_.size() - offset);
-  std::memcpy(to, bytes_.data() + offset, n);
+  constexpr std::uint64_t kReleaseEvery = std::uint64_t{1} << 25;
+  const auto bytes = mapping_.bytes();
+  if (offset >= bytes.size()) return 0;
+  const std::size_t n = std::min<std::uint64_t>(size, bytes.size() - offset);
+  std::memcpy(to, bytes.data() + offset, n);
+  unreleased_ += n;
+  if (unreleased_ >= kReleaseEvery) {
+    mapping_.release_memory();
+    unreleased_ = 0;
+  }
   return n;
 }
 

@@ -53,7 +53,7 @@ class Verifier {
 
   void read_log(const std::string& name) {
     const std::string path = join(directory_, name);
-    auto file = files_.open(path);
+    const auto file = files_.open(path);
     FileReport summary{name, "log", file->size(), 0, false};
     try {
       const LogHead head = read_log_head(*file, path, identity_.digest);
@@ -64,7 +64,7 @@ class Verifier {
         report_.notes.push_back({name, head.discardable->offset, head.discardable->what});
       summary.records = scan.records;
       summary.closed = head.closed;
-      if (scan.records > 0) logs_.push_back({path, std::move(file), head.committed, scan.records});
+      if (scan.records > 0) logs_.push_back({path, files_.map(path), head.committed, scan.records});
     } catch (const StoreError& e) {
       if (e.code == StoreCode::kMissing) throw;
       problem(name, e.offset, e.what());
