@@ -86,6 +86,10 @@ struct LogHead {
   bool closed = false;
   bool header_damaged = false;
   std::optional<Finding> discardable;  // bytes that were never promised
+  // One copy of the last marker is not what was written; the other one keeps the promise. All of
+  // its bytes are right or zero: `torn`, which a crash can do, too. Others have been changed.
+  std::optional<Finding> bad_copy;
+  bool bad_copy_torn = false;
 };
 
 struct LogScan {
