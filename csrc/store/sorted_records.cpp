@@ -61,8 +61,8 @@ std::vector<float> SortedRecords::tokens(const Item& item) const {
     snapshots_[item.source - logs_.size()]->read_tokens(item.position, item.record, values.data());
     return values;
   }
-  // Each read makes some neighbouring pages resident, too; all logs together keep about 32 MiB.
-  constexpr std::uint64_t kReleaseEvery = 512;
+  // Each read makes some neighbouring pages resident, too; all logs together keep about 128 MiB.
+  constexpr std::uint64_t kReleaseEvery = 2048;
   if (++token_reads_ % kReleaseEvery == 0)
     for (const LogSource& log : logs_) log.mapping->release_memory();
   const LogSource& log = logs_[item.source];
