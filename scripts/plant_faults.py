@@ -29,10 +29,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "fusedpo_cuda_check_test"
@@ -54,7 +55,8 @@ class Fault:
         """Why it cannot be planted, or None."""
         found = (ROOT / self.file).read_text().count(self.text)
         if found != self.times:
-            return f"{self.name}: {self.file} has the text {found} times, not {self.times}: {self.text!r}"
+            times = f"{found} times, not {self.times}"
+            return f"{self.name}: {self.file} has the text {times}: {self.text!r}"
         if self.text == self.replace:
             return f"{self.name}: replaces a text by itself"
         return None
@@ -106,7 +108,9 @@ class Builder:
             command[command.index("-o") + 1] = str(target)
             if source == fault.file:
                 command[command.index("-c") + 1] = str(changed)
-            command.insert(1, f"-I{folder / 'csrc'}")  # a changed header is found before the true one
+            command.insert(
+                1, f"-I{folder / 'csrc'}"
+            )  # a changed header is found before the true one
             self.call([*command, "-g0", "-Wno-error"])
             objects.append(str(target))
         # Objects come before the library, whose members of the same name are then left out.
@@ -123,6 +127,13 @@ class Builder:
             raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
 
+def run_tests(program: Path, filters: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={filters}"]
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
+    )
+
+
 def first_complaint(output: str) -> str:
     for line in output.splitlines():
         found = re.match(r"cuda_host: (.*)|\[  FAILED  \] (\S+)", line)
@@ -136,9 +147,8 @@ def try_fault(builder: Builder, fault: Fault) -> tuple[Fault, str | None, float]
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fusedpo-fault-") as folder:
         program = builder.plant(fault, Path(folder))
-        command = [str(program), "--gtest_brief=1", "--gtest_fail_fast", f"--gtest_filter={fault.tests}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+            done = run_tests(program, fault.tests)
         except subprocess.TimeoutExpired:
             return fault, f"ran for more than {SECONDS:.0f} s", time.monotonic() - start
     if "Running 0 tests" in done.stdout or "[==========] 0 tests" in done.stdout:
@@ -148,9 +158,13 @@ def try_fault(builder: Builder, fault: Fault) -> tuple[Fault, str | None, float]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("build", type=Path)
-    parser.add_argument("--every", type=int, default=int(os.environ.get("FUSEDPO_FAULTS_EVERY", "1")))
+    parser.add_argument(
+        "--every", type=int, default=int(os.environ.get("FUSEDPO_FAULTS_EVERY", "1"))
+    )
     parser.add_argument("--only", default="", help="plant those whose name, file or reason matches")
     parser.add_argument("--ninja", default="ninja")
     parser.add_argument("--jobs", type=int, default=2)
@@ -162,15 +176,24 @@ def main() -> int:
         print("\n".join(problems), file=sys.stderr)
         print("The sources have changed: change the faults with them.", file=sys.stderr)
         return 1
-    chosen = [f for f in faults if re.search(args.only, f"{f.name} {f.file} {f.why}")][:: args.every]
+    chosen = [f for f in faults if re.search(args.only, f"{f.name} {f.file} {f.why}")][
+        :: args.every
+    ]
     builder = Builder(args.build.resolve(), args.ninja)
+    # A test that fails anyway would notice every fault.
+    filters = ":".join(sorted({fault.tests for fault in chosen}))
+    if run_tests(args.build.resolve() / "tests/cpp/cuda" / PROGRAM, filters).returncode != 0:
+        print(f"the tests {filters} fail without any fault", file=sys.stderr)
+        return 1
     missed = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for fault, noticed, seconds in pool.map(lambda f: try_fault(builder, f), chosen):
-            print(f"{'caught' if noticed else 'MISSED'} {seconds:5.1f} s  {fault.name}: {fault.why} [{noticed}]", flush=True)
+            verdict = "caught" if noticed else "MISSED"
+            print(f"{verdict} {seconds:5.1f} s  {fault.name}: {fault.why} [{noticed}]", flush=True)
             if noticed is None:
                 missed.append(fault)
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} planted faults were caught ({len(faults)} in all)")
+    caught = len(chosen) - len(missed)
+    print(f"{caught} of {len(chosen)} planted faults were caught ({len(faults)} in all)")
     for fault in missed:
         print(f"missed: {fault.name} in {fault.file}: {fault.why}", file=sys.stderr)
     return 1 if missed or not chosen else 0

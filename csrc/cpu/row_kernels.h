@@ -13,8 +13,8 @@
 //
 // Rows arrive in segments (a slice of a row in memory, or one GEMM tile's columns). Each segment is
 // anchored at the largest logit so far; what was summed before is rescaled when the anchor moves.
-// Terms are formed in the compute type and summed in fp64. One code path serves every combination of
-// outputs, so asking for a metric or a gradient changes no bit of logp.
+// Terms are formed in the compute type and summed in fp64. One code path serves every combination
+// of outputs, so asking for a metric or a gradient changes no bit of logp.
 #pragma once
 
 #include <stdint.h>

@@ -54,6 +54,24 @@ __device__ inline Words load_words_last(const void* p) {
 #endif
 }
 
+// The 16 bytes at p, which lies `past` bytes (an even number, not 0) after a 16-byte boundary: from
+// the two aligned vectors around them, whose other bytes are read, too. The second one is what the
+// next thread reads first, so memory is read once.
+__device__ inline Words load_words_shifted(const void* p, unsigned past) {
+  const char* const aligned = static_cast<const char*>(p) - past;
+  const Words low = load_words(aligned), high = load_words(aligned + 16);
+  uint32_t w[8] = {low.w[0],  low.w[1],  low.w[2],  low.w[3],
+                   high.w[0], high.w[1], high.w[2], high.w[3]};
+#pragma unroll
+  for (int i = 0; i < 6; ++i) w[i] = (past & 8u) != 0 ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) w[i] = (past & 4u) != 0 ? w[i + 1] : w[i];
+  Words out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out.w[i] = (past & 2u) != 0 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+  return out;
+}
+
 // Of what is too large to be found in a cache by whoever reads it.
 __device__ inline void store_words(void* p, const Words& words) {
 #ifdef __CUDA_ARCH__
@@ -171,6 +189,24 @@ __device__ inline float reciprocal(float x) {
 }
 
 __device__ inline double reciprocal(double x) { return 1.0 / x; }
+
+// Has x computed by here. Where a value is not needed until after a branch, the compiler would
+// rather put it off and keep all that it is made of in registers.
+__device__ inline void settle(float& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(x));
+#else
+  (void)x;
+#endif
+}
+
+__device__ inline void settle(double& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+d"(x));
+#else
+  (void)x;
+#endif
+}
 
 // 2^n for a whole number n <= 0; 0 from n = -1000 on.
 __device__ inline double power_of_two(double n) {

@@ -20,9 +20,9 @@ namespace fusedpo::cuda {
 // to about 1024 in fp16.
 inline double unit_scale(DType compute, const LogitTransform& f) {
   if (compute != DType::f16) return 1.0;
-  double scale = 1024.0;
-  for (double k = std::fabs(f.scale / f.temperature); k > 1.0; k /= 2.0) scale /= 2.0;
-  return scale;
+  const double k = std::fabs(f.scale / f.temperature);
+  if (!(k > 1.0) || !std::isfinite(k)) return 1024.0;
+  return std::ldexp(1024.0, -static_cast<int>(std::ceil(std::log2(k))));
 }
 
 // Scored rows of x and their labels.

@@ -146,14 +146,6 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Backwa
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    find_empty(const int64_t* chosen, const int64_t* rejected, int64_t count, int* flag) {
-  int empty = 0;
-  for_each(count, [&](int64_t i) { empty |= chosen[i] < 1 || rejected[i] < 1 ? 1 : 0; });
-  empty = __syncthreads_or(empty);
-  if (threadIdx.x == 0) *flag = empty != 0 ? 1 : 0;
-}
-
 }  // namespace
 
 template <typename T>
@@ -180,12 +172,6 @@ void scale_gradients(const GradientScale<T>& in, const T* grad_loss, T* const (&
   BackwardArgs<T> args{in, grad_loss, {}};
   for (int input = 0; input < kInputs; ++input) args.out[input] = out[input];
   launch(fusedpo::cuda::scale<T>, dim3(1), dim3(kThreads), stream, args);
-}
-
-void find_empty_completion(const int64_t* chosen_lengths, const int64_t* rejected_lengths,
-                           int64_t count, int* flag, Stream stream) {
-  launch(find_empty, dim3(1), dim3(kThreads), stream, chosen_lengths, rejected_lengths, count,
-         flag);
 }
 
 #define FUSEDPO_INSTANTIATE(T)                                                                  \

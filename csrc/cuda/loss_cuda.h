@@ -35,8 +35,4 @@ template <typename T>
 void scale_gradients(const GradientScale<T>& in, const T* grad_loss, T* const (&out)[kInputs],
                      Stream stream);
 
-// flag = 1 if a length is below 1, else 0.
-void find_empty_completion(const int64_t* chosen_lengths, const int64_t* rejected_lengths,
-                           int64_t count, int* flag, Stream stream);
-
 }  // namespace fusedpo::cuda

@@ -36,4 +36,14 @@ __device__ inline double block_sum(double x) {
   return warp_sum(lane_id() < blockDim.x / kWarpSize ? parts[lane_id()] : 0.0);
 }
 
+template <typename T>
+__device__ inline T block_max(T x) {
+  __shared__ T parts[kWarpSize];
+  x = warp_max(x);
+  __syncthreads();  // the last call's parts were read
+  if (lane_id() == 0) parts[warp_id()] = x;
+  __syncthreads();
+  return warp_max(parts[lane_id() < blockDim.x / kWarpSize ? lane_id() : 0]);
+}
+
 }  // namespace fusedpo::cuda

@@ -106,17 +106,26 @@ __device__ inline Compute<T> largest(const Words (&words)[kCount]) {
 
 // ---- where a row's vectors lie --------------------------------------------------
 
-// Values [0, head) lie before the first 16-byte boundary, then come `vectors` vectors, then
-// [tail, cols).
+// Values [0, head) come before the first vector, then come `vectors` vectors, then [tail, cols).
 template <typename T>
 struct RowSplit {
   int head, vectors, tail, cols;
 
+  // Vectors lie on 16-byte boundaries.
   __device__ RowSplit(const T* data, int cols_) : cols(cols_) {
     const int past = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
     head = past == 0 ? 0 : kPerVector<T> - past;
     head = head < cols ? head : cols;
     vectors = (cols - head) / kPerVector<T>;
+    tail = head + vectors * kPerVector<T>;
+  }
+
+  // Vectors lie at the same columns wherever the row begins, with a vector's room on both sides:
+  // the aligned vectors around each lie within the row's memory.
+  __device__ explicit RowSplit(int cols_) : cols(cols_) {
+    head = cols < kPerVector<T> ? cols : kPerVector<T>;
+    const int whole = (cols - head) / kPerVector<T>;
+    vectors = whole > 1 ? whole - 1 : 0;
     tail = head + vectors * kPerVector<T>;
   }
 
@@ -150,16 +159,12 @@ struct Batches {
 
 // ---- two kinds of rows ----------------------------------------------------------
 
-// Logits of this many bits are so far apart that the softmax has room for equal ones only: there
-// any `bits` gives the same, and kFewBits, a power of two, keeps products in range.
-template <typename C>
-constexpr double kExtremeBits = sizeof(C) == 4 ? 0x1p96 : 0x1p1020;
-template <typename C>
-constexpr double kFewBits = sizeof(C) == 4 ? 0x1p-64 : 0x1p-32;
-
+// Whether u bits is too large to have a fraction: there an anchor, which is one rounding away from
+// it, could be far off. Nobody's logits are like that but those of a row masked by finite numbers.
 template <typename C>
 __device__ inline bool is_extreme(double u, double bits) {
-  return fabs(u) < static_cast<double>(INFINITY) && !(fabs(u * bits) < kExtremeBits<C>);
+  return fabs(u) < static_cast<double>(INFINITY) &&
+         !(fabs(u * bits) < (sizeof(C) == 4 ? 0x1p24 : 0x1p53));
 }
 
 template <typename T>

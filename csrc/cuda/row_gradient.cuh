@@ -16,8 +16,9 @@
 namespace fusedpo::cuda {
 
 struct RowCoefficients {
-  double bits, anchor, constant, linear;
+  double anchor, constant, linear;
   double at_label;  // the label's own entry
+  bool extreme;     // the anchor is the row's largest value
 };
 
 // `bits` per nat; k = scale / temperature, times whatever the caller wants; label_z: used where the
@@ -27,9 +28,9 @@ __device__ FUSEDPO_OUTLINED inline void find_coefficients(const RowGradient& g, 
                                                           double relative_slope,
                                                           RowCoefficients* out) {
   RowCoefficients& c = *out;
-  c.bits = bits;
-  c.anchor = std::ceil(g.max * bits);
-  const double below = g.max * bits - c.anchor;
+  const double top = c.extreme ? 0.0 : g.max * bits;
+  c.anchor = std::ceil(top);
+  const double below = top - c.anchor;
   const double share = -k * exp(-g.log_sum) * exp2(-below);
   c.constant = share * (g.grad_logp + g.grad_entropy * (g.entropy - g.log_sum - below / bits));
   c.linear = share * g.grad_entropy / bits;
@@ -46,14 +47,14 @@ __device__ FUSEDPO_OUTLINED inline void find_coefficients(const RowGradient& g, 
 // The same in the compute type.
 template <typename C>
 struct Slopes {
-  C bits, anchor, constant, linear;
+  C shift, anchor, constant, linear;  // shift: what is taken off u first, mostly 0
 };
 
 template <typename Row, bool kEntropy>
 __device__ inline typename Row::C gradient_of(const Row& row, typename Row::C u,
                                               const Slopes<typename Row::C>& c) {
   using C = typename Row::C;
-  const C t = std::fma(u, c.bits, -c.anchor);
+  const C t = std::fma(u - c.shift, row.bits, -c.anchor);
   const C e = exp2_fast(t);
   const C g = e * (kEntropy ? std::fma(c.linear, bounded_below(t), c.constant) : c.constant);
   return Row::kPlain ? g : g * row.relative_slope(u);
@@ -115,19 +116,24 @@ __device__ inline void write_gradient(const Row& row, int cols, int label, const
   using C = typename Row::C;
   __shared__ RowCoefficients shared;
   if (threadIdx.x == 0) {
-    const double inner = row.inner(), per_u = static_cast<double>(row.bits);
-    const bool extreme = is_extreme<C>(g.max / inner, per_u);
+    const double inner = row.inner(), bits = static_cast<double>(row.bits);
     double z = 0.0;
     if (kMayHaveEntropy && g.grad_entropy != 0.0) {
       z = label_logit(row, label, static_cast<double>(to_float(row.data[label]))).z;
     }
-    find_coefficients(g, (extreme ? kFewBits<C> : per_u) / inner, scale * row.slope(), z,
-                      relative_slope, &shared);
-    shared.bits *= inner;
+    shared.extreme = is_extreme<C>(g.max / inner, bits);
+    find_coefficients(g, bits / inner, scale * row.slope(), z, relative_slope, &shared);
   }
   __syncthreads();
-  const Slopes<C> c{static_cast<C>(shared.bits), static_cast<C>(shared.anchor),
-                    static_cast<C>(shared.constant), static_cast<C>(shared.linear)};
+  Slopes<C> c{0, static_cast<C>(shared.anchor), static_cast<C>(shared.constant),
+              static_cast<C>(shared.linear)};
+  if (shared.extreme) {  // stats round it, when they divide by the temperature
+    C most = -INFINITY;
+    for (int v = static_cast<int>(threadIdx.x); v < cols; v += static_cast<int>(blockDim.x)) {
+      most = larger(most, u_at(row, v));
+    }
+    c.shift = block_max(most);
+  }
   const RowSplit<typename Row::Value> split(row.data, cols);
   if (kMayHaveEntropy && c.linear != C(0)) {
     write_row<Row, true>(row, split, c, out);

@@ -15,9 +15,11 @@ namespace fusedpo::cuda {
 
 constexpr double kSlack = 11.5;  // 2^kSlack, and its square, are small for fp32
 
-// Below every logit that is not masked.
+// Terms with 2^t = 0 count as nothing, also where t = -inf.
 template <typename C>
-constexpr C kNoAnchor = static_cast<C>(-2.0 * kExtremeBits<C>);
+__device__ inline C bounded_below(C t) {
+  return t < C(-1e6) ? C(-1e6) : t;
+}
 
 // What a thread, a warp, then the block has seen of a row, the label left out.
 template <typename C>
@@ -45,28 +47,29 @@ struct RowSums {
   __device__ void make_room(C u_bits) {
     if (u_bits > anchor + static_cast<C>(kSlack)) move_anchor(std::ceil(u_bits));
   }
-};
 
-// Terms with 2^t = 0 count as nothing, also where t = -inf.
-template <typename C>
-__device__ inline C bounded_below(C t) {
-  return t < C(-1e6) ? C(-1e6) : t;
-}
-
-template <typename Row, bool kMetrics>
-__device__ inline void add_single(const Row& row, int v, RowSums<typename Row::C>* s) {
-  using C = typename Row::C;
-  const C u = u_at(row, v);
-  if (u > s->max) s->max = u;
-  s->make_room(u * row.bits);
-  const C t = std::fma(u, row.bits, -s->anchor), e = exp2_fast(t);
-  s->rest += e;
-  if constexpr (kMetrics) {
-    s->rest_t += e * bounded_below(t);
-    s->rest_sq += e * e;
-    s->sum += u;
+  template <bool kMetrics>
+  __device__ void add(C u, C bits) {
+    if (u > max) max = u;
+    make_room(u * bits);
+    const C t = std::fma(u, bits, -anchor), e = exp2_fast(t);
+    rest += e;
+    if constexpr (kMetrics) {
+      rest_t += e * bounded_below(t);
+      rest_sq += e * e;
+      sum += u;
+    }
   }
-}
+
+  // Takes out the term of the largest value as it was added. (The anchor has not moved since then:
+  // it moves for larger values only.)
+  __device__ void remove_largest(C bits) {
+    const C t = std::fma(max, bits, -anchor), e = exp2_fast(t);
+    rest -= e;
+    rest_t -= static_cast<C>(e * t);
+    rest_sq -= static_cast<C>(e * e);
+  }
+};
 
 // What a thread adds of its batch that begins at `vector`: the vectors that lie in the row, and not
 // the label's.
@@ -137,6 +140,10 @@ __device__ inline void add_batch(const Row& row, const Words (&words)[Row::kBatc
   }
   s->rest += rest[0] + rest[1];
   if constexpr (kMetrics) {
+    settle(sum[0]);
+    settle(sum[1]);
+    s->rest_sq += rest_sq[0] + rest_sq[1];
+    s->sum += sum[0] + sum[1];
     C of_t = rest_t[0] + rest_t[1];
     if (of_t != of_t) {  // a masked logit made 0 x inf (or there is a NaN, which stays)
       of_t = 0;
@@ -151,8 +158,6 @@ __device__ inline void add_batch(const Row& row, const Words (&words)[Row::kBatc
       }
     }
     s->rest_t += of_t;
-    s->rest_sq += rest_sq[0] + rest_sq[1];
-    s->sum += sum[0] + sum[1];
   }
 }
 
@@ -168,13 +173,18 @@ __device__ inline int single_of(const RowSplit<T>& split, int label_vector) {
   return label_vector >= 0 && k < kPerVector<T> ? split.begin_of(label_vector) + k : -1;
 }
 
-// What one thread sees of the row; kLast: nobody reads the row again soon.
-template <typename Row, bool kMetrics, bool kLast>
+// How vectors are read: aligned ones that somebody reads again soon or that nobody does, or ones
+// that lie across boundaries.
+enum class Read { kAgain, kLast, kShifted };
+
+// What one thread sees of the row.
+template <typename Row, bool kMetrics, Read kRead>
 __device__ inline void sum_thread(const Row& row, const RowSplit<typename Row::Value>& split,
                                   int label, RowSums<typename Row::C>* s) {
   using T = typename Row::Value;
   constexpr int kBatch = Row::kBatch;
   using Plan = Batches<kBatch>;
+  const unsigned past = static_cast<unsigned>(reinterpret_cast<uintptr_t>(row.data) % 16);
   const int label_vector = split.vector_of(label);
   const int label_batch = Plan::own_batch(label_vector);
   Batch<Row> batch{split, Plan::first(), label_vector};
@@ -182,26 +192,28 @@ __device__ inline void sum_thread(const Row& row, const RowSplit<typename Row::V
 #pragma unroll 1
   for (; batch.vector < split.vectors; batch.vector += Plan::step()) {
     Words words[kBatch];
-    const bool all =
-        batch.vector + 32 * (kBatch - 1) < split.vectors && batch.vector != label_batch;
+    const bool all = kRead != Read::kShifted && batch.vector + 32 * (kBatch - 1) < split.vectors &&
+                     batch.vector != label_batch;
     if (Row::kPlain && all) {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const T* const at = from + b * 32 * kPerVector<T>;
-        words[b] = kLast ? load_words_last(at) : load_words(at);
+        words[b] = kRead == Read::kLast ? load_words_last(at) : load_words(at);
       }
       add_batch<Row, kMetrics, true>(row, words, batch, s);
     } else {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        if (batch.wants(b)) words[b] = load_words(from + b * 32 * kPerVector<T>);
+        if (!batch.wants(b)) continue;
+        const T* const at = from + b * 32 * kPerVector<T>;
+        words[b] = kRead == Read::kShifted ? load_words_shifted(at, past) : load_words(at);
       }
       add_batch<Row, kMetrics, false>(row, words, batch, s);
     }
     from += Plan::step() * kPerVector<T>;
   }
   const int single = single_of(split, label_vector);
-  if (single >= 0 && single != label) add_single<Row, kMetrics>(row, single, s);
+  if (single >= 0 && single != label) s->template add<kMetrics>(u_at(row, single), row.bits);
 }
 
 // Whether the thread saw a value equal to `u` before the label; it has none above.
@@ -224,11 +236,10 @@ __device__ inline bool tie_before(const Row& row, const RowSplit<typename Row::V
   return found;
 }
 
-// All lanes get the sums of the warp.
+// All lanes get the sums of the warp; `max` stays a thread's own.
 template <bool kMetrics, typename C>
 __device__ inline void merge_warp(RowSums<C>* s) {
   s->move_anchor(warp_max(s->anchor));
-  s->max = warp_max(s->max);
   s->rest = warp_sum(s->rest);
   if constexpr (kMetrics) {
     s->rest_t = warp_sum(s->rest_t);
@@ -240,14 +251,13 @@ __device__ inline void merge_warp(RowSums<C>* s) {
 // Every thread gets the sums of the block.
 template <bool kMetrics, typename C>
 __device__ inline void merge_block(RowSums<C>* s) {
-  __shared__ C anchors[kWarpSize], maxima[kWarpSize];
+  __shared__ C anchors[kWarpSize];
   __shared__ double sums[kWarpSize][4];
   merge_warp<kMetrics>(s);
   __syncthreads();  // the last call's results were read
   if (lane_id() == 0) {
     const unsigned w = warp_id();
     anchors[w] = s->anchor;
-    maxima[w] = s->max;
     sums[w][0] = s->rest;
     if constexpr (kMetrics) {
       sums[w][1] = s->rest_t;
@@ -259,7 +269,6 @@ __device__ inline void merge_block(RowSums<C>* s) {
   const unsigned w = lane_id();
   const bool is_warp = w < blockDim.x / kWarpSize;
   s->anchor = is_warp ? anchors[w] : anchors[0];
-  s->max = is_warp ? maxima[w] : maxima[0];
   s->rest = is_warp ? sums[w][0] : 0.0;
   if constexpr (kMetrics) {
     s->rest_t = is_warp ? sums[w][1] : 0.0;
@@ -275,19 +284,29 @@ struct RowScore {
   double relative_slope;
 };
 
-// From sums in bits of u to results in nats of z; `bits` per nat, `inner` z per u.
-__device__ FUSEDPO_OUTLINED inline void finish_sums(double anchor, double max_u, double rest,
-                                                    double rest_t, double rest_sq, double sum_u,
-                                                    double bits, double inner, double target,
-                                                    bool beaten, int cols, RowResult* out) {
+// From sums in bits of u to results in nats of z; `bits` per nat, `inner` z per u. The sums are of
+// u - origin and lack `largest` terms of the largest value max_u, as they lack the label's: where
+// nearly all of the mass is one value's, the rounding of its term would be as large as all else.
+__device__ FUSEDPO_OUTLINED inline void finish_sums(double anchor, double max_u, int largest,
+                                                    double rest, double rest_t, double rest_sq,
+                                                    double sum_u, double bits, double inner,
+                                                    double origin, double target, bool beaten,
+                                                    int cols, RowResult* out) {
   RowStats stats;
   stats.target = target;
-  stats.max = target > inner * max_u ? target : inner * max_u;
-  const double lift = anchor - stats.max * bits;
+  const double max_z = inner * max_u;
+  stats.max = target > max_z ? target : max_z;
+  const double lift = anchor - (stats.max - inner * origin) * bits;
   const double factor = exp2(lift);
   stats.rest = factor * rest;
   stats.rest_z = factor * (rest_t + rest * lift) / bits;
   stats.rest_sq = factor * factor * rest_sq;
+  if (largest != 0) {
+    const double below = max_z - stats.max, term = exp(below);
+    stats.rest += largest * term;
+    stats.rest_z += largest * term * below;
+    stats.rest_sq += largest * term * term;
+  }
   stats.sum = inner * sum_u;
   stats.seen = true;
   stats.beaten = beaten;
@@ -295,40 +314,61 @@ __device__ FUSEDPO_OUTLINED inline void finish_sums(double anchor, double max_u,
 }
 
 // Reads a row; `score` is shared and written by thread 0. Every thread of the block calls it.
-// label_value(x) is the label's x in higher precision than the row's.
+// kLast: nobody reads the row again; then the results do not depend on where it lies, either: rows
+// of an odd length may change places. label_value(x) is the label's x in higher precision than the
+// row's.
 template <typename Row, bool kMetrics, bool kLast, typename LabelValue>
-__device__ inline void score_row(Row row, int cols, int label, LabelValue label_value,
+__device__ inline void score_row(const Row& row, int cols, int label, LabelValue label_value,
                                  RowScore* score) {
   using C = typename Row::C;
-  const RowSplit<typename Row::Value> split(row.data, cols);
+  using Split = RowSplit<typename Row::Value>;
+  const Split split = kLast ? Split(cols) : Split(row.data, cols);
   const C label_x = static_cast<C>(to_float(row.data[label])), label_u = row.u(label_x, label);
-  RowSums<C> s{};
-  C own_max = 0;
-#pragma unroll 1
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    const C label_bits = label_u * row.bits;
-    const bool usable = label_bits > kNoAnchor<C> && label_bits < -kNoAnchor<C>;
-    s = RowSums<C>(usable ? std::ceil(label_bits) : kNoAnchor<C>);
-    sum_thread<Row, kMetrics, kLast>(row, split, label, &s);
-    own_max = s.max;
-    merge_block<kMetrics>(&s);
-    if (!is_extreme<C>(larger(s.max, label_u), row.bits)) break;
-    row.bits = static_cast<C>(kFewBits<C>);
+  const C label_bits = label_u * row.bits;
+  // A masked label is no anchor: the first value that is not masked will be.
+  RowSums<C> s(is_extreme<C>(label_u, row.bits) || !(fabs(label_bits) < INFINITY)
+                   ? C(-0x1p24)
+                   : std::ceil(label_bits));
+  if constexpr (!kLast) {
+    sum_thread<Row, kMetrics, Read::kAgain>(row, split, label, &s);
+  } else if (reinterpret_cast<uintptr_t>(row.data) % 16 == 0) {
+    sum_thread<Row, kMetrics, Read::kLast>(row, split, label, &s);
+  } else {
+    sum_thread<Row, kMetrics, Read::kShifted>(row, split, label, &s);
+  }
+  const C most = block_max(s.max), top = larger(most, label_u);
+  const bool holds = s.max == most && most > label_u;
+  if (holds) s.remove_largest(row.bits);
+  int largest = __syncthreads_count(holds);
+  merge_block<kMetrics>(&s);
+
+  const bool extreme = is_extreme<C>(top, row.bits);  // the same for the whole block
+  if (extreme) {
+    RowSums<C> shifted(0);
+    for (int v = static_cast<int>(threadIdx.x); v < cols; v += static_cast<int>(blockDim.x)) {
+      if (v != label) shifted.template add<kMetrics>(u_at(row, v) - top, row.bits);
+    }
+    merge_block<kMetrics>(&shifted);
+    s.anchor = shifted.anchor;
+    s.rest = shifted.rest;
+    s.rest_t = shifted.rest_t;
+    s.rest_sq = shifted.rest_sq;
+    largest = 0;
   }
 
   // Nothing stands before the first value: there even -inf, or NaN as in torch, is a maximum.
-  bool beaten = s.max > label_u || (label > 0 && !(label_u > -INFINITY));
-  if (s.max == label_u && !beaten) {  // the same for the whole block
+  bool beaten = most > label_u || (label > 0 && !(label_u > -INFINITY));
+  if (most == label_u && !beaten) {  // the same for the whole block
     beaten =
-        __syncthreads_or(own_max == s.max && tie_before(row, split, label, label_u, s.first)) != 0;
+        __syncthreads_or(s.max == most && tie_before(row, split, label, label_u, s.first)) != 0;
   }
   if (threadIdx.x != 0) return;
   const double inner = row.inner();
   const LabelLogit of_label = label_logit(row, label, label_value(static_cast<double>(label_x)));
   score->relative_slope = of_label.relative_slope;
-  finish_sums(s.anchor, s.max, s.rest, s.rest_t, s.rest_sq, s.sum + static_cast<double>(label_u),
-              static_cast<double>(row.bits) / inner, inner, of_label.z, beaten, cols,
-              &score->result);
+  finish_sums(s.anchor, most, largest, s.rest, s.rest_t, s.rest_sq,
+              s.sum + static_cast<double>(label_u), static_cast<double>(row.bits) / inner, inner,
+              extreme ? top : 0.0, of_label.z, beaten, cols, &score->result);
 }
 
 }  // namespace fusedpo::cuda

@@ -18,7 +18,7 @@ namespace fusedpo {
 // has long reached its full speed. Work that is repeated for every chunk over the whole [V, H] (a
 // weight that is cast, a sum that is read and written) gets larger chunks.
 constexpr int64_t kChunkBytes = int64_t{640} << 20;
-constexpr int64_t kCostlyChunkBytes = int64_t{1} << 30;
+constexpr int64_t kCostlyChunkBytes = int64_t{896} << 20;
 constexpr int64_t kSmallestChunk = 1024;  // rows below which a GEMM loses speed
 constexpr int64_t kChunkStep = 128;       // rows are a multiple of it: no GEMM ends in a thin tile
 

@@ -147,6 +147,7 @@ void CudaHead::add_product(const Tensor& out, const Tensor& d, const Tensor& fac
 // Backwards, because the chunk's logits ended with the last tile, and the next chunk's begin with
 // the first: two casts of each chunk are saved.
 void CudaHead::times_weights(const Tensor& d, const Tensor& hidden_out, const Tensor& lora_out) {
+  if (!hidden_out.defined() && !lora_out.defined()) return;  // no tile is cast for nothing
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const Tile t = operands(tile);
     const Tensor part = columns(d, t.begin, t.n);

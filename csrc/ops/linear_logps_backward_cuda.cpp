@@ -28,7 +28,7 @@ struct Scales {
   Scales() = default;
   Scales(const CudaHead& head, const void* c, const void* h) {
     const double unit_scale = cuda::unit_scale(head.compute, head.transform);
-    if (unit_scale == 1.0 || head.n == 0) return;
+    if (head.compute != DType::f16 || head.n == 0) return;
     const auto stream = head.device.stream;
     const DType type = head.result;
     memory = empty_as(head.x, {4}, type);

@@ -36,7 +36,8 @@ class Cpu {
                          const T* ref_logps, const bool* desirable, const OptionalTensor& shift,
                          double scale, unsigned needs, T* total, T* losses, T* rewards,
                          T* gradients) const {
-    if (shift) options = with_shift(options, value_at(shift->const_data_ptr(), dtype_of(*shift), 0));
+    if (shift)
+      options = with_shift(options, value_at(shift->const_data_ptr(), dtype_of(*shift), 0));
     fusedpo::evaluate_unpaired(loss, options, count, logps, ref_logps, desirable, scale, needs,
                                total, losses, rewards, gradients);
   }
@@ -47,13 +48,18 @@ class Cpu {
     in.grad_total = grad_loss == nullptr ? 0.0 : static_cast<double>(*grad_loss) * in.grad_total;
     fusedpo::scale_gradients(in, out);
   }
-
-  bool any_below_one(const int64_t* chosen, const int64_t* rejected, int64_t count) const {
-    const auto empty = [](int64_t length) { return length < 1; };
-    return std::any_of(chosen, chosen + count, empty) ||
-           std::any_of(rejected, rejected + count, empty);
-  }
 };
+
+// On the CPU only: another device would have to be waited for.
+bool has_empty_completion(const Tensor& chosen_lengths, const Tensor& rejected_lengths) {
+  const Input chosen(chosen_lengths, chosen_lengths, ScalarType::Long, "lengths");
+  const Input rejected(rejected_lengths, chosen_lengths, ScalarType::Long, "lengths");
+  const auto any_empty = [&](const Input& lengths) {
+    const int64_t* n = lengths.data<int64_t>();
+    return std::any_of(n, n + chosen_lengths.size(0), [](int64_t length) { return length < 1; });
+  };
+  return any_empty(chosen) || any_empty(rejected);
+}
 
 }  // namespace
 }  // namespace fusedpo
@@ -61,6 +67,6 @@ class Cpu {
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, CPU, m) {
   m.impl("preference_loss", TORCH_BOX(&fusedpo::preference_loss<fusedpo::Cpu>));
   m.impl("unpaired_loss", TORCH_BOX(&fusedpo::unpaired_loss<fusedpo::Cpu>));
-  m.impl("has_empty_completion", TORCH_BOX(&fusedpo::has_empty_completion<fusedpo::Cpu>));
+  m.impl("has_empty_completion", TORCH_BOX(&fusedpo::has_empty_completion));
   m.impl("loss_backward", TORCH_BOX(&fusedpo::loss_backward<fusedpo::Cpu>));
 }

@@ -55,17 +55,6 @@ class Cuda {
     cuda::scale_gradients(in, grad_loss, out, device_.stream);
   }
 
-  // Waits for the device, so not under capture.
-  bool any_below_one(const int64_t* chosen, const int64_t* rejected, int64_t count) const {
-    if (count == 0 || device_.capturing) return false;
-    const Tensor flag = empty({1}, ScalarType::Int);
-    cuda::find_empty_completion(chosen, rejected, count, flag.mutable_data_ptr<int32_t>(),
-                                device_.stream);
-    int32_t found = 0;
-    cuda::copy_to_host(&found, flag.const_data_ptr(), sizeof found, device_.stream);
-    return found != 0;
-  }
-
  private:
   const Tensor& like_;
   const CudaDevice device_;
@@ -77,6 +66,5 @@ class Cuda {
 STABLE_TORCH_LIBRARY_IMPL(fusedpo, FUSEDPO_CUDA_KEY, m) {
   m.impl("preference_loss", TORCH_BOX(&fusedpo::preference_loss<fusedpo::Cuda>));
   m.impl("unpaired_loss", TORCH_BOX(&fusedpo::unpaired_loss<fusedpo::Cuda>));
-  m.impl("has_empty_completion", TORCH_BOX(&fusedpo::has_empty_completion<fusedpo::Cuda>));
   m.impl("loss_backward", TORCH_BOX(&fusedpo::loss_backward<fusedpo::Cuda>));
 }

@@ -6,7 +6,7 @@
 //   Device(like)               makes the device of `like` the current one while it lives
 //   empty(sizes, type)         a new tensor on it
 //   check_order(order, count)  refuses an order that forward cannot have returned
-//   evaluate_pairs, evaluate_unpaired, scale_gradients, any_below_one
+//   evaluate_pairs, evaluate_unpaired, scale_gradients
 //                              the kernels
 #pragma once
 
@@ -168,16 +168,6 @@ PairResult preference_loss(const Tensor& chosen, const Tensor& rejected,
                        static_cast<unsigned>(needs));
   };
   return type == ScalarType::Double ? run(double{}) : run(float{});
-}
-
-// Whether a completion is empty; false where nobody may ask (under CUDA-graph capture).
-template <typename Device>
-bool has_empty_completion(const Tensor& chosen_lengths, const Tensor& rejected_lengths) {
-  const Device device(chosen_lengths);
-  const Input chosen(chosen_lengths, chosen_lengths, ScalarType::Long, "lengths");
-  const Input rejected(rejected_lengths, chosen_lengths, ScalarType::Long, "lengths");
-  return device.any_below_one(chosen.data<int64_t>(), rejected.data<int64_t>(),
-                              chosen_lengths.size(0));
 }
 
 // [loss, losses, rewards, gradients]

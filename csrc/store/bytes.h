@@ -12,28 +12,28 @@ namespace fusedpo {
 
 using Digest = std::array<unsigned char, 16>;
 
+inline std::uint32_t reverse_bytes(std::uint32_t value) { return __builtin_bswap32(value); }
+inline std::uint64_t reverse_bytes(std::uint64_t value) { return __builtin_bswap64(value); }
+
+// The unsigned integer of the same size, for byte orders.
 template <class T>
-T reverse_bytes(T value) {
-  std::array<unsigned char, sizeof(T)> bytes, reversed;
-  std::memcpy(bytes.data(), &value, sizeof value);
-  for (std::size_t i = 0; i < sizeof value; ++i) reversed[i] = bytes[sizeof value - 1 - i];
-  std::memcpy(&value, reversed.data(), sizeof value);
-  return value;
-}
+using BitsOf = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
 
 template <class T>
 T load_le(const void* from) {
-  static_assert(std::is_trivially_copyable_v<T>);
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return std::endian::native == std::endian::little ? value : reverse_bytes(value);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  BitsOf<T> bits;
+  std::memcpy(&bits, from, sizeof bits);
+  if constexpr (std::endian::native != std::endian::little) bits = reverse_bytes(bits);
+  return std::bit_cast<T>(bits);
 }
 
 template <class T>
 void store_le(void* to, T value) {
-  static_assert(std::is_trivially_copyable_v<T>);
-  if constexpr (std::endian::native != std::endian::little) value = reverse_bytes(value);
-  std::memcpy(to, &value, sizeof value);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  auto bits = std::bit_cast<BitsOf<T>>(value);
+  if constexpr (std::endian::native != std::endian::little) bits = reverse_bytes(bits);
+  std::memcpy(to, &bits, sizeof bits);
 }
 
 // A key as two numbers, so that comparing them is comparing the 16 bytes like memcmp.
@@ -43,6 +43,7 @@ struct Key {
   static Key load(const void* bytes) {
     const auto* p = static_cast<const unsigned char*>(bytes);
     const auto high = load_le<std::uint64_t>(p), low = load_le<std::uint64_t>(p + 8);
+    // The first byte counts most.
     return {reverse_bytes(high), reverse_bytes(low)};
   }
   void store(void* bytes) const {

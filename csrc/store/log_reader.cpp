@@ -36,6 +36,22 @@ std::optional<Marker> last_marker(const ReadableFile& file, std::uint64_t size,
   return std::nullopt;
 }
 
+// Sets head->bad_copy where one copy of the last marker differs from the other.
+void compare_copies(const ReadableFile& file, const Marker& last, LogHead* head) {
+  std::array<unsigned char, kCell> right;
+  last.encode(right.data());
+  std::array<unsigned char, kMarkerPair> pair{};
+  const std::size_t size = file.read_at(last.offset, pair.data(), pair.size());
+  for (std::size_t copy = 0; copy + kCell <= size; copy += kCell) {
+    const unsigned char* found = pair.data() + copy;
+    if (std::equal(right.begin(), right.end(), found)) continue;
+    head->bad_copy = Finding{last.offset + copy, "one copy of the last commit marker is damaged"};
+    head->bad_copy_torn =
+        std::equal(right.begin(), right.end(), found,
+                   [](unsigned char a, unsigned char b) { return b == a || b == 0; });
+  }
+}
+
 // Why these 64 bytes are not the header of a log of this store, or nothing.
 std::optional<StoreError> header_problem(const unsigned char* bytes, const std::string& path,
                                          const Digest& identity) {
@@ -79,9 +95,16 @@ const unsigned char* BufferedReader::at(std::uint64_t offset, std::size_t size) 
 }
 
 std::size_t MappedFile::read_at(std::uint64_t offset, void* to, std::size_t size) const {
-  if (offset >= bytes_.size()) return 0;
-  const std::size_t n = std::min<std::uint64_t>(size, bytes_.size() - offset);
-  std::memcpy(to, bytes_.data() + offset, n);
+  constexpr std::uint64_t kReleaseEvery = std::uint64_t{1} << 25;
+  const auto bytes = mapping_.bytes();
+  if (offset >= bytes.size()) return 0;
+  const std::size_t n = std::min<std::uint64_t>(size, bytes.size() - offset);
+  std::memcpy(to, bytes.data() + offset, n);
+  unreleased_ += n;
+  if (unreleased_ >= kReleaseEvery) {
+    mapping_.release_memory();
+    unreleased_ = 0;
+  }
   return n;
 }
 
@@ -126,7 +149,7 @@ LogCursor::Frame LogCursor::read_marker(const unsigned char* cell) {
   position_ = offset + kMarkerPair;
   range_crc_ = 0;
   range_known_ = true;
-  // One copy of the last pair may be torn: the bytes below were promised by the other one.
+  // One copy of the last pair may be torn: LogHead::bad_copy tells, and nothing below suffers.
   if (first != second && position_ < end_) {
     what = "one copy of a commit marker is damaged";
     return Frame::kBad;
@@ -189,6 +212,7 @@ LogHead read_log_head(const ReadableFile& file, const std::string& path, const D
   }
   head.closed = last->closed;
   head.committed = last->offset + kMarkerPair;
+  compare_copies(file, *last, &head);
   if (head.size > head.committed)
     head.discardable = Finding{head.committed, "never confirmed by a sync"};
   else if (head.size < head.committed)

@@ -31,14 +31,16 @@ class BufferedReader {
 };
 
 // The bytes of a mapping as a file: needs no descriptor, and outlives the removal of the file.
+// Releases the mapping's memory now and then, so that reading on takes little of it.
 class MappedFile final : public ReadableFile {
  public:
-  explicit MappedFile(const Mapping& mapping) : bytes_(mapping.bytes()) {}
+  explicit MappedFile(const Mapping& mapping) : mapping_(mapping) {}
   std::size_t read_at(std::uint64_t offset, void* to, std::size_t size) const override;
-  std::uint64_t size() const override { return bytes_.size(); }
+  std::uint64_t size() const override { return mapping_.bytes().size(); }
 
  private:
-  std::span<const unsigned char> bytes_;
+  const Mapping& mapping_;
+  mutable std::uint64_t unreleased_ = 0;  // bytes read since the last release
 };
 
 // Walks the cells of [begin, end) of a log, which must be a promised range.
@@ -84,6 +86,10 @@ struct LogHead {
   bool closed = false;
   bool header_damaged = false;
   std::optional<Finding> discardable;  // bytes that were never promised
+  // One copy of the last marker is not what was written; the other one keeps the promise. All of
+  // its bytes are right or zero: `torn`, which a crash can do, too. Others have been changed.
+  std::optional<Finding> bad_copy;
+  bool bad_copy_torn = false;
 };
 
 struct LogScan {

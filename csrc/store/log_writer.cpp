@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cmath>
+#include <exception>
 #include <utility>
 
 #include "store/error.h"
@@ -69,13 +70,15 @@ LogWriter::LogWriter(FileSystem& files, std::string directory, std::string name,
 
 template <class Step>
 void LogWriter::or_break(Step&& step) {
+  broken_ = true;  // until the step is done, whatever it throws: bytes and checksum may disagree
   try {
     step();
-  } catch (const StoreError& e) {
-    broken_ = e.what();
+  } catch (const std::exception& e) {
     file_ = nullptr;
+    why_broken_ = e.what();
     throw;
   }
+  broken_ = false;
 }
 
 void LogWriter::check_usable() {
@@ -83,9 +86,9 @@ void LogWriter::check_usable() {
     throw StoreError(StoreCode::kClosed, path_, std::nullopt,
                      "this writer belongs to the process that opened it; after a fork the child "
                      "must open a writer of its own");
-  if (!broken_.empty())
+  if (broken_)
     throw StoreError(StoreCode::kClosed, path_, std::nullopt,
-                     "this writer failed before (" + broken_ +
+                     "this writer failed before (" + why_broken_ +
                          "). What its last successful sync() confirmed is kept; open a new writer "
                          "and append the rest again");
 }

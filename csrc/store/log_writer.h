@@ -69,7 +69,8 @@ class LogWriter {
   std::uint32_t range_crc_ = 0;
   bool dirty_ = false;  // something was appended since the last marker
   bool closed_ = false;
-  std::string broken_;  // why nothing can be written any more
+  bool broken_ = false;  // nothing can be written any more
+  std::string why_broken_;
 };
 
 // Throws kBadValue or kEmptyCompletion for the first record that cannot be stored.

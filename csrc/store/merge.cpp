@@ -33,10 +33,11 @@ struct Scanned {
   std::uint64_t token_values = 0;
 };
 
-Scanned scan_strictly(const ReadableFile& file, const std::string& path, const Digest& identity) {
+Scanned scan_strictly(FileSystem& files, const std::string& path, const Digest& identity) {
   Scanned scanned;
-  scanned.head = read_log_head(file, path, identity);
-  scanned.scan = scan_log(file, scanned.head, 0, [&](const Record& record, std::uint64_t) {
+  const auto file = files.open(path);
+  scanned.head = read_log_head(*file, path, identity);
+  scanned.scan = scan_log(*file, scanned.head, 0, [&](const Record& record, std::uint64_t) {
     if (record.has_tokens) scanned.token_values += record.num_tokens;
   });
   if (scanned.scan.damage_count > 0) {
@@ -55,13 +56,12 @@ Inputs open_inputs(FileSystem& files, const std::string& directory, const StoreI
   *report = {};
   for (std::string name : listing.logs) {
     std::string path = join(directory, name);
-    auto file = files.open(path);
-    Scanned scanned = scan_strictly(*file, path, identity.digest);
+    Scanned scanned = scan_strictly(files, path, identity.digest);
     if (options.abandoned && !scanned.head.closed && !is_taken(name)) {
       take_over(files, directory, &name);
       path = join(directory, name);
-      file = files.open(path);  // opened again: a network file system then asks its server
-      scanned = scan_strictly(*file, path, identity.digest);
+      // Opened again: a network file system then asks its server.
+      scanned = scan_strictly(files, path, identity.digest);
     }
     const LogHead& head = scanned.head;
     inputs.records += scanned.scan.records;
@@ -75,7 +75,7 @@ Inputs open_inputs(FileSystem& files, const std::string& directory, const StoreI
     } else {
       report->kept_logs.push_back(name);
     }
-    inputs.logs.push_back({path, std::move(file), head.committed, scanned.scan.records});
+    inputs.logs.push_back({path, files.map(path), head.committed, scanned.scan.records});
   }
   for (const std::string& name : listing.snapshots) {
     inputs.snapshots.push_back(std::make_unique<Snapshot>(files, join(directory, name), identity));

@@ -61,10 +61,12 @@ std::vector<float> SortedRecords::tokens(const Item& item) const {
     snapshots_[item.source - logs_.size()]->read_tokens(item.position, item.record, values.data());
     return values;
   }
+  // Each read makes some neighbouring pages resident, too; all logs together keep about 128 MiB.
+  constexpr std::uint64_t kReleaseEvery = 2048;
+  if (++token_reads_ % kReleaseEvery == 0)
+    for (const LogSource& log : logs_) log.mapping->release_memory();
   const LogSource& log = logs_[item.source];
-  std::vector<unsigned char> raw(kCell + token_bytes(item.record.num_tokens));
-  raw.resize(log.file->read_at(item.position, raw.data(), raw.size()));
-  read_log_tokens(raw, log.path, 0, item.record, values.data());
+  read_log_tokens(log.mapping->bytes(), log.path, item.position, item.record, values.data());
   return values;
 }
 
@@ -118,7 +120,8 @@ void SortedRecords::fill() {
   std::uint64_t seen = 0;
   for (std::size_t s = 0; s < logs_.size(); ++s) {
     // What is skipped where it is damaged must be checked here; else the scan has checked it.
-    LogCursor cursor(*logs_[s].file, kLogHeader, logs_[s].committed, damage_ == Damage::kSkip);
+    const MappedFile file(*logs_[s].mapping);
+    LogCursor cursor(file, kLogHeader, logs_[s].committed, damage_ == Damage::kSkip);
     for (;;) {
       const LogCursor::Frame frame = cursor.next();
       if (frame == LogCursor::Frame::kEnd) break;
@@ -132,6 +135,7 @@ void SortedRecords::fill() {
       ++seen;
       add({cursor.record, static_cast<std::uint32_t>(s), cursor.offset});
     }
+    logs_[s].mapping->release_memory();
   }
   std::sort(items_.begin(), items_.end(), before);
   guess_badly_ = !logs_done_ && seen < capacity_ / 4;  // keys that are no hashes

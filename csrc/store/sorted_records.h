@@ -17,9 +17,10 @@
 
 namespace fusedpo {
 
+// Mapped, not open: a store may have more logs than a process may have open files.
 struct LogSource {
   std::string path;
-  std::unique_ptr<ReadableFile> file;
+  std::unique_ptr<Mapping> mapping;
   std::uint64_t committed = 0;
   std::uint64_t records = 0;
 };
@@ -78,6 +79,7 @@ class SortedRecords {
   bool guess_badly_ = false;
   std::uint64_t remaining_ = 0;  // log records not given yet, duplicates included
   std::vector<Item> group_;
+  mutable std::uint64_t token_reads_ = 0;  // of logs
 };
 
 }  // namespace fusedpo

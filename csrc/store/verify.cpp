@@ -53,7 +53,7 @@ class Verifier {
 
   void read_log(const std::string& name) {
     const std::string path = join(directory_, name);
-    auto file = files_.open(path);
+    const auto file = files_.open(path);
     FileReport summary{name, "log", file->size(), 0, false};
     try {
       const LogHead head = read_log_head(*file, path, identity_.digest);
@@ -62,14 +62,24 @@ class Verifier {
       report_.problem_count += scan.damage_count - scan.damage.size();
       if (head.discardable)
         report_.notes.push_back({name, head.discardable->offset, head.discardable->what});
+      if (head.bad_copy) report_bad_copy(name, head);
       summary.records = scan.records;
       summary.closed = head.closed;
-      if (scan.records > 0) logs_.push_back({path, std::move(file), head.committed, scan.records});
+      if (scan.records > 0) logs_.push_back({path, files_.map(path), head.committed, scan.records});
     } catch (const StoreError& e) {
       if (e.code == StoreCode::kMissing) throw;
       problem(name, e.offset, e.what());
     }
     report_.files.push_back(std::move(summary));
+  }
+
+  void report_bad_copy(const std::string& name, const LogHead& head) {
+    const auto& [offset, what] = *head.bad_copy;
+    const std::string nothing_lost = what + "; the other copy keeps what it confirmed";
+    if (head.closed && !head.bad_copy_torn)
+      problem(name, offset, nothing_lost + ". The file has changed since: merge the store soon");
+    else
+      report_.notes.push_back({name, offset, nothing_lost});
   }
 
   void read_snapshot(const std::string& name) {

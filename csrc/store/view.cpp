@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <map>
+#include <unordered_map>
+#include <utility>
 
 #include "store/key_search.h"
 #include "store/sorted_records.h"
@@ -168,18 +170,26 @@ void View::each_value(const unsigned char* keys, std::size_t n, OnValue&& on_val
 
 void View::lookup(const unsigned char* keys, std::size_t n, Record* records) const {
   std::fill(records, records + n, Record{});
+  // The least and the largest log-prob of keys that have different ones; the best may be neither.
+  std::unordered_map<std::size_t, std::pair<double, double>> extremes;
   each_value(keys, n, [&](std::size_t j, const Record& value, const Place& place) {
     Record& best = records[j];
     if (best.num_tokens == 0) {
       best = value;
       return;
     }
-    if (value.num_tokens != best.num_tokens || !agree(value.logp, best.logp, tolerance_))
+    double low = best.logp, high = best.logp;
+    if (value.logp != best.logp) {
+      auto& known = extremes.try_emplace(j, best.logp, best.logp).first->second;
+      low = known.first = std::min(known.first, value.logp);
+      high = known.second = std::max(known.second, value.logp);
+    }
+    if (value.num_tokens != best.num_tokens || !agree(low, high, tolerance_))
       throw StoreError(
           StoreCode::kContradiction,
           place.log ? join(directory_, place.log->name) : place.snapshot->path(), place.position,
           "one key has two values that differ by more than the tolerance: log-probs " +
-              std::to_string(best.logp) + " and " + std::to_string(value.logp) + ", " +
+              std::to_string(low) + " and " + std::to_string(high) + ", " +
               std::to_string(best.num_tokens) + " and " + std::to_string(value.num_tokens) +
               " tokens. verify lists all such keys");
     if (std::make_pair(!value.has_tokens, value.logp) < std::make_pair(!best.has_tokens, best.logp))

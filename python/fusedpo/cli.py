@@ -137,7 +137,7 @@ def _verify(options: argparse.Namespace) -> Result:
 
 
 def _merge(options: argparse.Namespace) -> Result:
-    report = RefStore(options.store, "a").merge(abandoned=options.abandoned)
+    report = _writable(options.store).merge(abandoned=options.abandoned)
     return asdict(report), output.merge_text(options.store, report), 0
 
 
@@ -176,7 +176,7 @@ def _import(options: argparse.Namespace) -> Result:
 def _prune(options: argparse.Namespace) -> Result:
     from fusedpo._precompute import tables
 
-    store = RefStore(options.store, "a")
+    store = _writable(options.store)
     report = tables.prune(
         store, *_texts(options, store), **_lengths(options), abandoned=options.abandoned
     )
@@ -201,6 +201,11 @@ def _texts(options: argparse.Namespace, store: RefStore) -> tuple[Any, Any]:
         raise ValueError("the store does not tell its model. Name one: --model M")
     dataset = load_data(options.data, options.split)
     return dataset, load_processing_class(model, options.revision)
+
+
+def _writable(path: str) -> RefStore:
+    RefStore(path)  # says that there is no store, where "a" would ask for what a new one needs
+    return RefStore(path, "a")
 
 
 def _lengths(options: argparse.Namespace) -> dict[str, Any]:

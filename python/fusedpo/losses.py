@@ -220,7 +220,9 @@ def preference_loss(
     elif chosen_lengths is not None and rejected_lengths is not None:
         if chosen_lengths.dtype is not int64 or rejected_lengths.dtype is not int64:
             chosen_lengths, rejected_lengths = chosen_lengths.to(int64), rejected_lengths.to(int64)
-        if not torch.compiler.is_compiling() and has_empty(chosen_lengths, rejected_lengths):
+        # Another device would have to be waited for; there the caller has the lengths to look at.
+        on_cpu = chosen_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and has_empty(chosen_lengths, rejected_lengths):
             warn_empty_completions(chosen_lengths, rejected_lengths)
     out = run_pairs(
         (

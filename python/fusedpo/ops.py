@@ -141,9 +141,9 @@ def _(
     kept = saved(kept_rows, kept_columns(vocabulary, device_type), compute_dtype, keeps)
     tiles = (vocabulary + vocab_tile - 1) // vocab_tile
     anchors = saved(kept_rows, tiles, dtype, keeps and device_type not in _KEEP_WHOLE_ROWS)
-    count = labels.new_empty((1,), device="cpu")
+    scored = labels.new_empty((1,), device="cpu")
     results = _fake_rows(hidden, labels, dtype, metrics)
-    return *results, stats, unit, lora_unit, kept, anchors, count
+    return *results, stats, unit, lora_unit, kept, anchors, scored
 
 
 @_register_fake("fusedpo::linear_token_logps_backward_hidden")

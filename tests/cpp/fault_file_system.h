@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <random>
 #include <string>
@@ -28,6 +29,8 @@ class FaultFileSystem final : public FileSystem {
   void die_at(std::uint64_t call) { die_at_ = call; }
   // The call with this number fails, having written half of what it should; later ones work.
   void fail_at(std::uint64_t call) { fail_at_ = call; }
+  // The call with this number finds no memory.
+  void run_out_of_memory_at(std::uint64_t call) { out_of_memory_at_ = call; }
   // Every sync fails, and loses what was pending (as Linux does).
   void fail_syncs(bool fail) { fail_syncs_ = fail; }
   std::uint64_t calls() const { return calls_; }
@@ -55,7 +58,7 @@ class FaultFileSystem final : public FileSystem {
 
   // The process has died, but not the machine: everything that was written is there.
   void revive() {
-    die_at_ = fail_at_ = ~std::uint64_t{0};
+    die_at_ = fail_at_ = out_of_memory_at_ = ~std::uint64_t{0};
     fail_syncs_ = false;
     calls_ = 0;
   }
@@ -215,6 +218,7 @@ class FaultFileSystem final : public FileSystem {
   void step() {
     const std::uint64_t call = calls_++;
     if (call >= die_at_) throw io("dead");
+    if (call == out_of_memory_at_) throw std::bad_alloc();
     if (call == fail_at_) throw io("no space left on device");
   }
   void check_sync() const {
@@ -241,6 +245,7 @@ class FaultFileSystem final : public FileSystem {
   Names names_, durable_names_;
   std::vector<NameChange> pending_names_;
   std::uint64_t calls_ = 0, die_at_ = ~std::uint64_t{0}, fail_at_ = ~std::uint64_t{0};
+  std::uint64_t out_of_memory_at_ = ~std::uint64_t{0};
   bool fail_syncs_ = false;
 };
 

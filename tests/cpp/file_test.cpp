@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -173,6 +174,48 @@ TEST(PosixFiles, AStoreSurvivesItsProcess) {
   options.abandoned = true;
   EXPECT_EQ(store.merge(options).records, 50u);
   EXPECT_EQ(look(*store.view(), 49), Seen::kTokens);
+}
+
+// This process may open so many files more than it has open now.
+class FewDescriptors {
+ public:
+  explicit FewDescriptors(int more) {
+    const int lowest = ::open("/dev/null", O_RDONLY);
+    ::close(lowest);
+    ::getrlimit(RLIMIT_NOFILE, &before_);
+    const rlimit fewer{static_cast<rlim_t>(lowest + more), before_.rlim_max};
+    EXPECT_EQ(::setrlimit(RLIMIT_NOFILE, &fewer), 0);
+  }
+  ~FewDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before_); }
+
+ private:
+  rlimit before_{};
+};
+
+TEST(PosixFiles, AStoreMayHaveMoreLogsThanAProcessMayOpenFiles) {
+  const TemporaryDirectory directory;
+  Store store(FileSystem::posix(), directory.path(), test_identity());
+  constexpr std::uint64_t kLogs = 80;
+  for (std::uint64_t i = 0; i < kLogs; ++i) {
+    const auto w = store.writer("w");
+    append(*w, {i}, true);
+    i % 2 == 0 ? w->close() : w->sync();
+  }
+  const FewDescriptors few(16);
+  store.refresh();
+  EXPECT_EQ(store.view()->size(), kLogs);
+  const VerifyReport report =
+      verify_store(FileSystem::posix(), directory.path(), test_identity(), 10, 1 << 20);
+  EXPECT_EQ(report.records, kLogs);
+  EXPECT_EQ(report.problem_count, 0u);
+  Item item;
+  std::uint64_t exported = 0;
+  for (const auto sorted = store.sorted(1 << 20); sorted->next(&item);) ++exported;
+  EXPECT_EQ(exported, kLogs);
+  MergeOptions options;
+  options.abandoned = true;
+  EXPECT_EQ(store.merge(options).records, kLogs);
+  for (std::uint64_t i = 0; i < kLogs; ++i) EXPECT_EQ(look(*store.view(), i), Seen::kTokens) << i;
 }
 
 TEST(PosixFiles, AWriterIsOfNoUseToAForkedProcess) {

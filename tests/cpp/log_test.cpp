@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <new>
 #include <random>
 #include <set>
 
@@ -79,6 +80,7 @@ TEST(Log, GivesBackWhatWasAppended) {
     EXPECT_EQ(seen.head.closed, closed);
     EXPECT_EQ(seen.scan.damage_count, 0u);
     EXPECT_FALSE(seen.head.discardable);
+    EXPECT_FALSE(seen.head.bad_copy);
   }
 }
 
@@ -142,10 +144,41 @@ TEST(Log, EveryFlippedBitBelowTheLastMarkerIsReportedAndNoRecordIsLostSilently) 
           ASSERT_LT(bit / 8 - at, kCell + token_bytes(13)) << bit;
         }
       } else {
-        // One of two copies: the other one still holds the promise.
+        // One of two copies: the other one still holds the promise, and it is told.
         ASSERT_EQ(seen.error, "") << bit;
         ASSERT_EQ(seen.records.size(), 6u) << bit;
         ASSERT_EQ(seen.scan.damage_count, 0u) << bit;
+        ASSERT_TRUE(seen.head.bad_copy) << bit;
+        ASSERT_EQ(seen.head.bad_copy->offset, bit / 8 / kCell * kCell) << bit;
+      }
+    }
+  }
+}
+
+// Damage where only a change of the file explains it; a note where a crash in sync() or close()
+// may.
+TEST(Log, ABadCopyOfTheLastMarkerIsReportedByVerify) {
+  const auto verify = [](const Bytes& bytes) {
+    FaultFileSystem files;
+    files.put("s/w-0000000000001234.fdlog", bytes);
+    const VerifyReport report = verify_store(files, "s", test_identity(), 10, 1 << 20);
+    EXPECT_EQ(report.records, 6u);
+    return std::make_pair(report.problem_count, report.notes.size());
+  };
+  using Counts = std::pair<std::uint64_t, std::size_t>;
+  for (const bool closed : {false, true}) {
+    const SmallLog log = small_log(true, closed);
+    EXPECT_EQ(verify(log.bytes), Counts(0, 0));
+    for (const std::size_t copy : {std::size_t{0}, kCell}) {
+      const auto begin = log.bytes.size() - kMarkerPair + copy;
+      Bytes flipped = log.bytes;
+      flipped[begin + 3] ^= 0x80;
+      EXPECT_EQ(verify(flipped), closed ? Counts(1, 0) : Counts(0, 1)) << copy;
+      for (std::size_t written = 0; written < kCell; written += 5) {
+        Bytes torn = log.bytes;
+        std::fill_n(torn.begin() + static_cast<std::ptrdiff_t>(begin + written), kCell - written,
+                    0);
+        EXPECT_EQ(verify(torn), Counts(0, 1)) << copy << " " << written;
       }
     }
   }
@@ -290,6 +323,29 @@ TEST(Log, FailedSyncIsFatalAndNeverRetried) {
   EXPECT_EQ(files.calls(), calls);
   std::mt19937_64 random(1);
   files.crash(random);
+  const Read seen = read(files.content(files.paths().at(0)));
+  EXPECT_EQ(seen.records.size(), 3u);
+  EXPECT_EQ(seen.scan.damage_count, 0u);
+}
+
+// Otherwise its next marker would confirm bytes that are not there: damage that nobody did.
+TEST(Log, WriterIsBrokenByAnyExceptionWithinAStep) {
+  FaultFileSystem files;
+  LogWriter writer = writer_on(files, 1);
+  append(writer, range(0, 3));
+  writer.sync();
+  files.run_out_of_memory_at(files.calls());
+  EXPECT_THROW(append(writer, range(3, 40000)), std::bad_alloc);  // more than the buffer holds
+  for (const auto& call : std::vector<std::function<void()>>{
+           [&] { append(writer, {7}); }, [&] { writer.sync(); }, [&] { writer.close(); }}) {
+    try {
+      call();
+      ADD_FAILURE() << "a broken writer was used";
+    } catch (const StoreError& e) {
+      EXPECT_EQ(e.code, StoreCode::kClosed);
+      EXPECT_NE(std::string(e.what()).find(std::bad_alloc().what()), std::string::npos) << e.what();
+    }
+  }
   const Read seen = read(files.content(files.paths().at(0)));
   EXPECT_EQ(seen.records.size(), 3u);
   EXPECT_EQ(seen.scan.damage_count, 0u);

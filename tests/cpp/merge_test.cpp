@@ -189,6 +189,24 @@ TEST(Merge, ValuesWithinTheToleranceCollapseToTheSameWinnerInEveryOrder) {
   }
 }
 
+TEST(Merge, AndLookupAgreeOnValuesOfWhichOnlyTheOutermostContradict) {
+  FaultFileSystem files;
+  write_value(files, 1, -100, 2, {-40, -60});  // with token values: the best one
+  merge(files);                                // in a snapshot: the first one
+  write_value(files, 2, -100.00009, 2);
+  write_value(files, 3, -99.99991, 2);
+  const Store store(files, "s", test_identity());
+  try {
+    look(*store.view(), 0);
+    ADD_FAILURE() << "no error";
+  } catch (const StoreError& e) {
+    EXPECT_EQ(e.code, StoreCode::kContradiction) << e.what();
+    EXPECT_NE(std::string(e.what()).find("-100.00009"), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("-99.99991"), std::string::npos) << e.what();
+  }
+  message_of(files, StoreCode::kContradiction);
+}
+
 TEST(Merge, KeepsTheLogsOfWritersThatMayBeAlive) {
   FaultFileSystem files;
   LogWriter alive = writer_on(files, 1);

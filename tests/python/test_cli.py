@@ -198,7 +198,7 @@ def test_failures_are_one_line_exit_code_1_and_json_where_asked(
         (precompute(inputs._replace(data=str(tmp_path / "broken.jsonl")), refs), "Error"),
         (("inspect", tmp_path / "nowhere"), "does not exist"),
         (("verify", tmp_path / "nowhere"), "does not exist"),
-        (("merge", tmp_path), "identity"),
+        (("merge", tmp_path), "holds no store: there is no identity.json"),
         (precompute(inputs._replace(data="nowhere.jsonl"), refs), "nowhere.jsonl"),
         (precompute(inputs, refs, "--dtype", "bfloat16"), "made with another identity"),
     ):

@@ -320,7 +320,7 @@ def linear_step(head, trained, **options):
 def test_one_read_of_the_row_count_is_the_only_wait_behind_a_head(trained):
     head = make_head(300, 16, 1000, seed=1, ignored=0.3, dtype=torch.bfloat16)
     waits = Profile(linear_step(head, trained, metrics=METRICS)).synchronisations()
-    assert len(waits) <= 1, waits
+    assert len(waits) == (1 if ON_GPU else 0), waits
 
 
 def test_log_probs_of_logits_never_wait():
@@ -335,13 +335,18 @@ def test_log_probs_of_logits_never_wait():
     assert Profile(step).synchronisations() == []
 
 
-LISTS = [["sigmoid"], ["sigmoid", "bco_pair", "sft"], ["robust", "nca_pair", "aot"]]
+LISTS = [
+    ["sigmoid"],
+    ["sigmoid", "bco_pair", "sft"],
+    ["robust", "nca_pair", "aot"],
+    ["ipo", "sigmoid_norm", "hinge"],
+]
 
 
 @pytest.mark.parametrize("names", LISTS, ids="+".join)
 def test_a_list_of_losses_takes_two_launches_and_no_wait(names):
     logps, needs = inputs_of(64, torch.float32)
-    options = {"loss_type": names, "chosen_nll": needs["chosen_nll"]}
+    options = {"loss_type": names, **needs}
     leaves = [*logps[:2], *([needs["chosen_nll"]] if "sft" in names else [])]
     one = torch.ones(())
 
@@ -489,7 +494,7 @@ def test_every_row_of_more_than_2_to_the_31_logits_has_its_gradient(inplace):
 
 @needs_memory
 def test_more_than_2_to_the_31_logits_behind_a_trained_head():
-    # Far more logits than the budget keeps, and offsets past 2^31 in every buffer that holds them.
+    # Offsets past 2^31 in every buffer that holds logits.
     vocabulary, size = (151_936, 64) if ON_GPU else (1519, 16)
     rows = (2**31 if ON_GPU else 2**19) // vocabulary + 50
     head = make_head(rows, size, vocabulary, seed=3, dtype=torch.bfloat16)

@@ -130,15 +130,6 @@ def test_the_number_of_scored_rows_is_read_once_and_never_under_capture(monkeypa
     assert counts == [int((head.labels != IGNORE).sum()), -1]
 
 
-def test_an_empty_completion_is_not_looked_for_under_capture(monkeypatch):
-    lengths = torch.tensor([0, 3])
-    found = []
-    for captured in (False, True):
-        capturing(monkeypatch, captured)
-        found.append(torch.ops.fusedpo.has_empty_completion(lengths, lengths + 1))
-    assert found == [True, False]
-
-
 # ---- labels out of range ------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
+pytest.importorskip("peft", reason="LoRA needs peft")
 
 import peft
 from cuda_cases import ON_GPU, need_device

@@ -218,8 +218,11 @@ def test_a_missing_gpu_is_a_visible_skip_and_a_failure_where_one_is_required(mon
         cuda_cases.need_device()
 
 
+GROUP = ("", "_contract", "_losses", "_accuracy", "_trl")
+
+
 def test_the_group_collects_every_borrowed_test():
-    files = [f"tests/python/test_cuda{name}.py" for name in ("", "_contract", "_losses")]
+    files = [f"tests/python/test_cuda{name}.py" for name in GROUP]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files],
         env={**os.environ, "FUSEDPO_TEST_DEVICE": "cpu"},

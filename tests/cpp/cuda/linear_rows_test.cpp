@@ -306,6 +306,7 @@ TEST_P(LinearRows, ScoresAndGradientsMatchTheDefinitions) {
       for (unsigned sample = 0; sample < kSamples; ++sample) {
         include_errors(Problem(type, vocab, t, seed % 2 == 0, 0, 2000 + sample), &errors);
       }
+      include_errors(p, &errors);
       expect_row_scores(p, errors, d, s, where);
       const auto unit = [&](size_t i) {
         RowGradient g = saved(p, s, i);

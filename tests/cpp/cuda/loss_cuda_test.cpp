@@ -417,27 +417,6 @@ TYPED_TEST(Losses, UnpairedLossesHaveTheBitsOfTheCpu) {
   }
 }
 
-TEST(EmptyCompletions, AreFoundWhereverTheyAre) {
-  for (const size_t count : {0, 1, 256, 257, 1000}) {
-    for (size_t at = 0; at <= count; at += count < 2 ? 1 : count / 2) {
-      for (const bool in_chosen : {true, false}) {
-        std::vector<int64_t> some(count, 1), other(count, 3);
-        if (at < count) (in_chosen ? some : other)[at] = 0;
-        const DeviceArray<int64_t> chosen(some), rejected(other);
-        const DeviceArray<int> flag(1);
-        const cuda_host::LaunchLog log;
-        cuda_host::set_seed(at + 1);
-        cuda::find_empty_completion(chosen.data(), rejected.data(), static_cast<int64_t>(count),
-                                    flag.data(), kStream);
-        EXPECT_EQ(log.launches().size(), 1u);
-        EXPECT_EQ(log.launches()[0].stream, kStream);
-        EXPECT_EQ(flag.host()[0], at < count ? 1 : 0) << count << " " << at;
-      }
-    }
-  }
-  cuda_host::set_seed(0);
-}
-
 // ---- the formulas once more --------------------------------------------------------
 
 double log_sigmoid(double x) { return -std::log1p(std::exp(-x)); }

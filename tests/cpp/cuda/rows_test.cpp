@@ -60,6 +60,7 @@ TEST(KeptRows, TheFirstLabelOutsideTheVocabularyIsTold) {
       std::vector<int64_t> labels(3000, 49);
       labels[1] = kIgnore;
       labels[static_cast<size_t>(first)] = bad;
+      labels[std::min<size_t>(static_cast<size_t>(first) + 37, 2999)] = bad;  // the same warp's
       labels[2999] = 51;
       const DeviceArray<int64_t> y(labels);
       const DeviceArray<int64_t> rows(3000), slot(3000), info(2);
@@ -238,7 +239,8 @@ TEST_P(Rows, SumsAreAddedUpScaled) {
       for (const bool with_alpha : {false, true}) {
         const auto x = random_values(result, count, 2.0, 5),
                    before = random_values(result, count, 2.0, 6);
-        const TypedArray sum(result, before, offset), add(result, x, with_alpha ? offset : 0);
+        const TypedArray sum(result, before, offset),
+            add(result, x, with_alpha ? 1 - offset : offset);
         const TypedArray alpha(result, std::vector<double>{rounded(result, -0.7)});
         launched(count == 0 ? 0 : 1, count, [&] {
           cuda::add_scaled(sum.data(), add.data(), result, with_alpha ? alpha.data() : nullptr,

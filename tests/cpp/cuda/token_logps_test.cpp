@@ -14,28 +14,29 @@ class TokenLogps : public testing::TestWithParam<DType> {
 };
 
 // Of rows with ordinary and with large logits.
-std::vector<PlainErrors> plain_errors(DType type, size_t vocab, double temperature) {
+using ErrorsByScale = std::vector<PlainErrors>;
+
+void include_errors(DType type, const std::vector<RowCase>& rows, double temperature,
+                    ErrorsByScale* errors) {
   const LogitTransform transform{1.0, 0.0, temperature};
-  std::vector<PlainErrors> errors(2);
-  for (unsigned sample = 0; sample < kSamples; ++sample) {
-    for (const RowCase& row : row_cases(type, vocab, 1000 + sample)) {
-      if (!row.scored || !row.number) continue;
-      const auto y = static_cast<size_t>(row.label);
-      const Truth truth(row.x, y, transform);
-      if (type == DType::f64) {
-        errors[row.large].include(Plain<double>(row.x, y, transform), truth);
-      } else {
-        errors[row.large].include(Plain<float>(row.x, y, transform), truth);
-      }
+  for (const RowCase& row : rows) {
+    if (!row.scored || !row.number) continue;
+    const auto y = static_cast<size_t>(row.label);
+    const Truth truth(row.x, y, transform);
+    PlainErrors& e = (*errors)[row.large];
+    if (type == DType::f64) {
+      e.include(Plain<double>(row.x, y, transform), truth);
+    } else {
+      e.include(Plain<float>(row.x, y, transform), truth);
     }
   }
-  return errors;
 }
 
 void expect_scores(DType type, const TypedRows& rows, const std::vector<RowCase>& cases,
-                   double temperature, const std::vector<PlainErrors>& errors, const Scores& got,
+                   double temperature, ErrorsByScale errors, const Scores& got,
                    const std::string& where) {
   const LogitTransform transform{1.0, 0.0, temperature};
+  include_errors(type, cases, temperature, &errors);
   std::vector<Truth> truths;
   for (const RowCase& row : cases) {
     truths.emplace_back(row.x, static_cast<size_t>(row.scored ? row.label : 0), transform);
@@ -107,7 +108,10 @@ TEST_P(TokenLogps, ScoresMatchTheDefinitionsInEveryLayout) {
   unsigned seed = 0;
   for (const size_t vocab : kVocabs) {
     const double temperature = seed % 3 == 0 ? 1.0 : seed % 3 == 1 ? 0.7 : 1.9;
-    const auto errors = plain_errors(type, vocab, temperature);
+    ErrorsByScale errors(2);
+    for (unsigned sample = 0; sample < kSamples; ++sample) {
+      include_errors(type, row_cases(type, vocab, 1000 + sample), temperature, &errors);
+    }
     for (const Lie lie : kLies) {
       const auto cases = row_cases(type, vocab, ++seed);
       TypedRows rows(type, cases.size(), vocab, lie);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/stream.h"
+#include "cuda_host.h"
 #include "ops/stable.h"
 
 #define FUSEDPO_CUDA_KEY CPU
@@ -23,7 +24,11 @@ class CudaDevice {
   explicit CudaDevice(const Tensor& /*t*/) {
     const char* pretends = std::getenv("FUSEDPO_TEST_CAPTURING");
     capturing = pretends != nullptr && std::string(pretends) == "1";
+    cuda_host::set_capturing(stream, capturing);  // waiting is an error then
   }
+  ~CudaDevice() { cuda_host::set_capturing(stream, false); }
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
 
   cuda::Stream stream = nullptr;
   bool capturing = false;
@@ -49,9 +54,8 @@ inline void gemm(const Tensor& out, const Tensor& a, const Tensor& b) {
     STD_TORCH_CHECK(out.scalar_type() == a.scalar_type(), "a product's types do not match");
     return mm_out(out, a, b);
   }
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() &&
-                      (out.scalar_type() == a.scalar_type() ||
-                       out.scalar_type() == ScalarType::Float),
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && (out.scalar_type() == a.scalar_type() ||
+                                                         out.scalar_type() == ScalarType::Float),
                   "a product's types do not match");
   const Tensor wide = widened(out);
   mm_out(wide, widened(a), widened(b));
