@@ -18,6 +18,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // told once: the next launch is not to blame
   throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(error));
 }
 

@@ -187,7 +187,8 @@ void note_order(int* next, int* order, unsigned blocks, unsigned threads) {
 }
 
 int launch_shape(unsigned blocks, unsigned threads) {
-  return cuda_host::launch(nothing_kernel, blocks, threads, nullptr);
+  cuda_host::launch(nothing_kernel, blocks, threads, nullptr);
+  return cudaGetLastError();
 }
 
 }  // namespace toy
