@@ -355,7 +355,8 @@ def test_a_list_of_losses_takes_two_launches_and_no_wait(names):
         return torch.autograd.grad(out.loss, leaves, one)
 
     profile = Profile(step)
-    launches = profile.launches()
+    # Empty completions are looked for on the CPU only, by an operator that launches nothing.
+    launches = [name for name in profile.launches() if ON_GPU or "has_empty" not in name]
     assert 1 <= len(launches) <= 2, launches
     assert profile.synchronisations() == []
 
