@@ -236,6 +236,15 @@ __device__ inline bool tie_before(const Row& row, const RowSplit<typename Row::V
   return found;
 }
 
+// A function of its own, so that it takes no register from the reading of aligned rows.
+template <typename Row, bool kMetrics>
+__device__ FUSEDPO_OUTLINED RowSums<typename Row::C> sum_shifted(
+    const Row& row, const RowSplit<typename Row::Value>& split, int label,
+    RowSums<typename Row::C> s) {
+  sum_thread<Row, kMetrics, Read::kShifted>(row, split, label, &s);
+  return s;
+}
+
 // All lanes get the sums of the warp; `max` stays a thread's own.
 template <bool kMetrics, typename C>
 __device__ inline void merge_warp(RowSums<C>* s) {
@@ -334,7 +343,7 @@ __device__ inline void score_row(const Row& row, int cols, int label, LabelValue
   } else if (reinterpret_cast<uintptr_t>(row.data) % 16 == 0) {
     sum_thread<Row, kMetrics, Read::kLast>(row, split, label, &s);
   } else {
-    sum_thread<Row, kMetrics, Read::kShifted>(row, split, label, &s);
+    s = sum_shifted<Row, kMetrics>(row, split, label, s);
   }
   const C most = block_max(s.max), top = larger(most, label_u);
   const bool holds = s.max == most && most > label_u;
