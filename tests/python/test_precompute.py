@@ -152,9 +152,10 @@ def test_a_batch_of_which_a_part_is_missing_is_scored_whole(
 ) -> None:
     whole, path = str(tmp_path / "whole"), str(tmp_path / "refs")
     precompute(*inputs, whole, **SMALL)
-    store = RefStore(path, "a", identity=RefStore(whole).identity, tolerance=1e-5)
+    kept = RefStore(whole)
+    store = RefStore(path, "a", identity=kept.identity, tolerance=kept.tolerance)
     with store.writer() as writer:
-        for keys, logps, num_tokens, *_ in RefStore(whole).batches():
+        for keys, logps, num_tokens, *_ in kept.batches():
             writer.append(keys[::3], logps[::3], num_tokens[::3])
     report = precompute(*inputs, path, **SMALL)
     assert report.found == -(-report.records // 3)
