@@ -14,7 +14,7 @@ def test_examples_in_docstrings_print_what_they_show() -> None:
     modules = [
         importlib.import_module(name)
         for name in ["fusedpo", *names]
-        if not name.endswith(("__main__", "_store", "libfusedpo_ops_cpu"))
+        if not name.endswith(("__main__", "_store")) and ".libfusedpo_ops_" not in name
     ]
     results = [doctest.testmod(module, verbose=False) for module in modules]
     assert sum(result.failed for result in results) == 0
