@@ -8,9 +8,7 @@ Data preparation, PEFT, evaluation and logging are TRL's. What changes is the he
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,14 +18,13 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
-from fusedpo._head import add_fused_head
+from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
 from fusedpo.trl.versions import require_supported
 
 _NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
-_construction = threading.RLock()
 
 
 class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -89,7 +86,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args, train_dataset)
         self._store_options = store
         self._stored_reference = None
-        with _construct(args, store):
+        with construction(args, store):
             super().__init__(model, ref_model, args, *rest, **keywords)
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
@@ -219,29 +216,6 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         )
         with torch.no_grad():
             return loss, model(**model_inputs)
-
-
-@contextlib.contextmanager
-def _construct(args: Any, store: RefStoreOptions | None) -> Iterator[None]:
-    """What has to be different inside `DPOTrainer.__init__`.
-
-    It puts its head on the model and on the reference there, so ours has to be there instead, not
-    after. With a store no reference is loaded, as when TRL precomputes. Only construction looks the
-    name up; the lock keeps two trainers that are built in two threads from restoring each other's.
-    """
-    with _construction:
-        head, hash_module = _trl_dpo.add_fused_lm_head, _trl_dpo.hash_module
-        precompute = args.precompute_ref_log_probs
-        _trl_dpo.add_fused_lm_head = add_fused_head
-        if store is not None:
-            args.precompute_ref_log_probs = True
-            if not store.own:  # what TRL names its own cache by
-                _trl_dpo.hash_module = lambda module: None
-        try:
-            yield
-        finally:
-            _trl_dpo.add_fused_lm_head, _trl_dpo.hash_module = head, hash_module
-            args.precompute_ref_log_probs = precompute
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
