@@ -163,19 +163,15 @@ def _versions() -> list[dict[str, str | None]]:
         }
     ]
     trl = _version_of("trl")
-    problem = trl_versions.check(trl) if trl is not None else None
-    if trl is None:
-        problem = "TRL is not installed; fusedpo.trl needs it: pip install 'fusedpo[trl]'"
-        if sys.version_info < (3, 11):
-            problem = "TRL is not installed, and it needs Python 3.11: use a newer Python"
-    rows.append(
-        {
-            "package": "trl",
-            "version": trl,
-            "supported": trl_versions.SUPPORTED_RANGE_TEXT,
-            "problem": problem,
-        }
-    )
+    missing = "TRL is not installed; fusedpo.trl needs it: pip install 'fusedpo[trl]'"
+    if sys.version_info < (3, 11):
+        missing = "TRL is not installed, and it needs Python 3.11: use a newer Python"
+    supports = {"trl": trl_versions.TRAINER, "trl, for patch_trl": trl_versions.PATCH}
+    for package, support in supports.items() if trl else [("trl", trl_versions.TRAINER)]:
+        problem = support.problem(trl) or trl_versions.untested(trl) if trl else missing
+        rows.append(
+            {"package": package, "version": trl, "supported": support.text, "problem": problem}
+        )
     rows += [
         {"package": name, "version": _version_of(name), "supported": None, "problem": None}
         for name in ("transformers", "accelerate", "peft", "numpy")

@@ -103,7 +103,7 @@ def refuse_adapter_on_head(model: Any) -> None:
     adapters = getattr(head, "active_adapters", None)
     if hasattr(head, "base_layer") and adapters and not head.disable_adapters and not head.merged:
         raise ValueError(
-            f"the reference has an adapter ({', '.join(adapters)}) on its output embeddings, which "
+            f"the model has an adapter ({', '.join(adapters)}) on its output embeddings, which "
             "the fused head does not apply. Merge it: model = model.merge_and_unload()."
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fusedpo.trl.patch import patch_trl, status, unpatch_trl
-from fusedpo.trl.versions import UnsupportedTRLError, require_supported
+from fusedpo.trl.versions import TRAINER, UnsupportedTRLError
 
 if TYPE_CHECKING:
     from fusedpo.trl.trainer import FusedDPOTrainer
@@ -19,7 +19,10 @@ __all__ = ["FusedDPOTrainer", "UnsupportedTRLError", "patch_trl", "status", "unp
 
 def __getattr__(name: str) -> Any:
     if name == "FusedDPOTrainer":
-        require_supported()
+        version = TRAINER.require()
+        from fusedpo.trl.bindings import check_bindings
+
+        check_bindings(version)  # before the trainer's module imports what it may lack
         from fusedpo.trl.trainer import FusedDPOTrainer
 
         return FusedDPOTrainer

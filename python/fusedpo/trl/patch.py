@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedpo.reference import METRICS
-from fusedpo.trl.versions import UnsupportedTRLError, check, installed, require_supported
+from fusedpo.trl.versions import PATCH, UnsupportedTRLError, installed, untested
 
 __all__ = ["PatchStatus", "patch_trl", "status", "unpatch_trl"]
 
@@ -43,7 +43,8 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class PatchStatus(NamedTuple):
-    """`paths`: what TRL's head runs per device type; `problem`: why this TRL is refused."""
+    """`paths`: what TRL's head runs per device type; `problem`: why this TRL is refused, or is
+    untested."""
 
     patched: bool
     trl_version: str | None
@@ -126,8 +127,8 @@ def patch_trl() -> _Patch:
     whole process and for all threads.
 
     Raises:
-        ImportError: TRL is not installed. UnsupportedTRLError: its version is outside the supported
-            range, or its function takes unknown arguments.
+        ImportError: TRL is not installed. UnsupportedTRLError: it is older than 1.15, or its
+            function takes unknown arguments.
 
     Example:
 
@@ -135,7 +136,7 @@ def patch_trl() -> _Patch:
             KTOTrainer(model, args=config, train_dataset=dataset).train()
     """
     global _originals
-    version = require_supported()
+    version = PATCH.require()
     utils = _trl_utils()
     handle = _Patch()
     with _lock:
@@ -165,9 +166,9 @@ def status() -> PatchStatus:
     if version is None:
         problem: str | None = "TRL is not installed."
     else:
-        problem = check(version)
+        problem = PATCH.problem(version) or untested(version)
     patched = bool(_active)
-    paths = {device: _path(device, patched and problem is None) for device in ("cpu", "cuda")}
+    paths = {device: _path(device, patched) for device in ("cpu", "cuda")}
     return PatchStatus(patched, version, version is not None and problem is None, problem, paths)
 
 

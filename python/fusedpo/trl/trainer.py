@@ -12,17 +12,21 @@ import warnings
 from typing import Any
 
 import torch
-import trl.trainer.dpo_trainer as _trl_dpo
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
+from fusedpo._precompute.reference import refuse_adapter_on_head
+from fusedpo.trl.bindings import check_attributes
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
-from fusedpo.trl.versions import require_supported
+from fusedpo.trl.refusals import refuse
+from fusedpo.trl.versions import TRAINER
 
 _NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
@@ -75,19 +79,28 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         ref_identity: str = "check",
         **keywords: Any,
     ) -> None:
-        require_supported()
+        version = TRAINER.require()
         if args is None:  # as DPOTrainer makes it
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         # Wrong options are refused before a model is loaded.
+        refuse(args)
         self._loss_call = loss_call(args)
         # The second argument after `args`.
         train_dataset = keywords.get("train_dataset", rest[1] if len(rest) > 1 else None)
         store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args, train_dataset)
         self._store_options = store
         self._stored_reference = None
-        with construction(args, store):
+        with construction(model, ref_model, args, store):
             super().__init__(model, ref_model, args, *rest, **keywords)
+        check_attributes(self, version)
+        refuse_adapter_on_head(self.model)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "FusedDPOTrainer must run on one GPU per process; this one sees "
+                f"{self.args.n_gpu}, over which transformers would use nn.DataParallel. Start it by "
+                "accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
             self.precompute_ref_logps = False
@@ -127,6 +140,11 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _is_sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
+    def _tensor_parallel_size(self) -> int:
+        """How many ranks are given each batch. (TRL 1.9 counts its tokens for each of them.)"""
+        parallelism = self.accelerator.parallelism_config
+        return 1 if parallelism is None else int(parallelism.tp_size)
+
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Score a batch with the reference, without gradient; returns the chosen and rejected
         log-probs [B] in nats.
@@ -147,13 +165,13 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _reference_pair(self, model: Any, inputs: dict[str, Any]) -> PairLogps:
         adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self.ref_model is None and _trl_dpo.is_peft_model(self.model):
+        if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(
                 policy, adapter_name="ref" if "ref" in policy.peft_config else None
             )
         # Reentrant checkpointing under no_grad would warn that no input requires a gradient.
-        checkpointing = _trl_dpo.disable_gradient_checkpointing(
+        checkpointing = disable_gradient_checkpointing(
             self.model, self.args.gradient_checkpointing_kwargs
         )
         # Precomputing runs a policy that accelerate has not prepared: without this context it would
@@ -201,7 +219,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             aux_loss,
         )
         if mode == "train":
-            self._total_train_tokens += num_tokens // self._tp_size
+            self._total_train_tokens += num_tokens // self._tensor_parallel_size()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)

@@ -1,0 +1,64 @@
+"""Options of DPOConfig that FusedDPOTrainer does not follow: refused by name before anything loads.
+
+Options of the loss are loss_options.py's; what TRL itself refuses is left to TRL.
+docs/trl.md lists every option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import DPOConfig
+
+from fusedpo.trl.versions import at_least
+
+# The options of TRL 1.9.2 to 1.16. One that a newer TRL adds might change the loss.
+_KNOWN = frozenset(
+    """
+    activation_offloading beta dataset_num_proc disable_dropout discopop_tau
+    f_alpha_divergence_coef f_divergence_type label_smoothing ld_alpha loss_type loss_weights
+    max_length model_init_kwargs pad_to_multiple_of pad_token padding_free
+    precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps
+    router_aux_loss_coef sync_ref_model truncation_mode trust_remote_code use_weighting
+    """.split()
+)
+
+
+def refuse(config: Any) -> None:
+    """Check a DPOConfig.
+
+    Raises:
+        TypeError: it is not one.
+        ValueError: an option that cannot be followed; the message names it.
+    """
+    if not isinstance(config, DPOConfig):
+        raise TypeError(f"args must be a trl.DPOConfig; got {type(config).__name__}.")
+    inherited = {each.name for each in dataclasses.fields(TrainingArguments)}
+    for each in dataclasses.fields(config):
+        if each.name in _KNOWN or each.name in inherited:
+            continue
+        value = getattr(config, each.name)
+        if value != _default(each):
+            raise ValueError(
+                f"DPOConfig.{each.name}={value!r} is not known to this fusedpo, which cannot tell "
+                "whether it would be followed. Leave it at its default, or upgrade fusedpo."
+            )
+    if config.padding_free:
+        raise ValueError(
+            "DPOConfig.padding_free must be False: no supported TRL follows it (TRL warns and pads). "
+            "Padding never reaches the head of FusedDPOTrainer."
+        )
+    if config.use_liger_kernel and not at_least(1, 15):
+        raise ValueError(
+            "DPOConfig.use_liger_kernel must be False below TRL 1.15, where it selects a loss of "
+            "TRL's own, which would run instead of FusedDPOTrainer's. Leave it out: the fused head "
+            "is in place without it."
+        )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
