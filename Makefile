@@ -1,17 +1,21 @@
 # make demo | test | lint | sanitize | cuda | cuda-host-ops | help. Each makes its own virtual
 # environment in .venv.
 #
-#   PYTHON  the Python to use (3.11 or newer, which TRL needs)
-#   TORCH   what to install as torch; it goes first, because fusedpo is compiled against it
+#   PYTHON        the Python to use (3.11 or newer, which TRL needs)
+#   TORCH         what to install as torch; it goes first, because fusedpo is compiled against it
+#   TRL_VERSIONS  what `make test-trl` tests
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 TEST_ARGS ?=
+# Each with the newest transformers, datasets, accelerate and peft: they work with all of these.
+TRL_VERSIONS ?= 1.9.2 1.13.0 1.14.2 1.15.0 1.16.0
 FUZZ_SECONDS ?= 20
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
+TRL_PIP = $(VENV)/trl/$*/bin/python -m pip --quiet --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst /,_,$(subst $() ,_,$(TORCH)))
 BUILD_TOOLS := "scikit-build-core>=1.0" "pybind11>=3.0" "cmake>=3.25" ninja
@@ -26,11 +30,12 @@ export FUSEDPO_NATIVE ?= require
 # Few architectures compile quickly: the GPU's that is here, else two. (Installing has them all.)
 export FUSEDPO_CUDA_ARCHS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo native || echo '80-real;90-real')
 
-.PHONY: help demo test lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
+.PHONY: help demo test test-trl lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
 	@echo 'make test      pytest and GoogleTest'
+	@echo 'make test-trl  the tests that depend on TRL, on each of TRL_VERSIONS'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  GoogleTest under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda      compile the CUDA kernels for every architecture of a release and check them'
@@ -40,12 +45,16 @@ help:
 	@echo 'make fuzz      libFuzzer on the readers of the store, for FUZZ_SECONDS (Clang only)'
 	@echo 'make clean     remove .venv and build/'
 	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) TEST_ARGS=$(TEST_ARGS)'
+	@echo '           TRL_VERSIONS=$(TRL_VERSIONS)'
 
 demo: $(STAMPS)/demo
 	$(PY) examples/demo.py
 
 test: $(STAMPS)/test
 	scripts/run_tests.sh $(VENV) $(TEST_ARGS)
+
+test-trl: $(TRL_VERSIONS:%=$(VENV)/trl/%/stamp)
+	scripts/run_trl_tests.sh $(VENV)/trl "$(TRL_VERSIONS)" $(TEST_ARGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
@@ -89,4 +98,19 @@ $(STAMPS)/tools: $(TORCH_STAMP)
 # demo, test and dev are extras of the package.
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/tools $(INSTALLED)
 	$(PIP) install --no-build-isolation ".[$*]"
+	@touch $@
+
+# One wheel for all versions of TRL.
+$(STAMPS)/wheel: $(STAMPS)/tools $(INSTALLED)
+	rm -rf $(VENV)/wheel
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(VENV)/wheel .
+	@touch $@
+
+$(VENV)/trl/%/pyvenv.cfg:
+	@mkdir -p $(VENV)/trl && scripts/make_venv.sh $(PYTHON) $(VENV)/trl/$*
+
+$(VENV)/trl/%/stamp: $(STAMPS)/wheel | $(VENV)/trl/%/pyvenv.cfg
+	$(TRL_PIP) install "$(TORCH)"
+	$(TRL_PIP) install "$$(echo $(VENV)/wheel/*.whl)[test]" trl==$*
+	$(TRL_PIP) install --force-reinstall --no-deps $(VENV)/wheel/*.whl
 	@touch $@

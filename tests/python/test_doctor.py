@@ -157,8 +157,8 @@ def versions_with(monkeypatch: pytest.MonkeyPatch, found: dict[str, str]) -> dic
     return {row["package"]: row for row in _doctor.examine()["versions"]}
 
 
-@pytest.mark.parametrize("version", ["1.14.0", "1.17.0", "2.0.0"])
-def test_unsupported_trl_is_named_with_the_remedy(
+@pytest.mark.parametrize("version", ["1.9.1", "1.17.0", "2.0.0"])
+def test_untested_trl_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     row = versions_with(monkeypatch, {"trl": version})["trl"]
@@ -167,9 +167,13 @@ def test_unsupported_trl_is_named_with_the_remedy(
     assert "pip install" in row["problem"]
 
 
-@pytest.mark.parametrize("version", ["1.15.0", "1.16.0"])
-def test_supported_trl_has_no_problem(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    assert versions_with(monkeypatch, {"trl": version})["trl"]["problem"] is None
+@pytest.mark.parametrize(("version", "patch"), [("1.9.2", False), ("1.15.0", True)])
+def test_supported_trl_has_no_problem(
+    monkeypatch: pytest.MonkeyPatch, version: str, patch: bool
+) -> None:
+    rows = versions_with(monkeypatch, {"trl": version})
+    assert rows["trl"]["problem"] is None
+    assert (rows["trl, for patch_trl"]["problem"] is None) is patch
 
 
 def test_missing_trl_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

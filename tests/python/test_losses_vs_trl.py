@@ -19,6 +19,7 @@ import fusedpo
 from datasets import Dataset
 from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.loss_options import loss_call
+from fusedpo.trl.versions import at_least
 from trl import DPOTrainer
 from trl_helpers import (
     make_config,
@@ -28,6 +29,8 @@ from trl_helpers import (
     one_thread,  # noqa: F401  a fixture
     train,
 )
+
+pytestmark = pytest.mark.trl
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WITH_F = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm")
@@ -149,6 +152,9 @@ def assert_same_step(got: Any, want: Any) -> None:
 @pytest.mark.parametrize("pairs", [2, 5])
 @pytest.mark.parametrize("case", cases(), ids=name_of)
 def test_loss_gradient_and_metrics_equal_trl(case, pairs, trainers):
+    normalised = {"ipo", "sigmoid_norm"} & set(case["loss_type"])
+    if normalised and "f_divergence_type" in case and not at_least(1, 13):
+        pytest.skip("TRL 1.13 changed the f-divergences of length-normalised losses; ours are its")
     results = []
     for trainer in trainers:
         configure(trainer, case)
@@ -353,6 +359,8 @@ def test_orpo_equals_trls_orpo_trainer(pairs):
 
 @pytest.fixture(scope="module")
 def kto_trainer(tmp_path_factory: Any) -> Any:
+    if not at_least(1, 15):
+        pytest.skip("KTOTrainer has the fused head, which this test scores with, since TRL 1.15")
     from trl import KTOConfig, KTOTrainer
 
     config = make_config(tmp_path_factory.mktemp("kto"))

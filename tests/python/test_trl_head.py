@@ -17,7 +17,7 @@ from fusedpo.reference import METRICS
 from fusedpo.reference import token_logps as reference_token_logps
 from trl_helpers import FAMILIES, VOCABULARY, make_model, one_thread  # noqa: F401  a fixture
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 B, T = 3, 11
 

@@ -10,6 +10,11 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
+from fusedpo.trl.versions import PATCH, at_least
+
+if not at_least(1, 15):
+    pytest.skip(f"patch_trl needs TRL {PATCH.text}", allow_module_level=True)
+
 import fusedpo._head as head_module
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
@@ -37,7 +42,7 @@ from trl_helpers import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 TRL_FUNCTION = trl_utils._ChunkedLogProbFunction
 TRL_USE_TRITON = trl_utils._use_triton
@@ -318,14 +323,28 @@ def test_blocks_of_several_threads_overlap_without_unpatching_each_other() -> No
     assert not status().patched
 
 
-@pytest.mark.parametrize("version", ["1.13.0", "1.14.2", "1.17.0"])
-def test_unsupported_version_is_refused_and_nothing_is_patched(
-    version: str, monkeypatch: Any
-) -> None:
+@pytest.mark.parametrize("version", ["1.9.2", "1.13.0", "1.14.2"])
+def test_older_version_is_refused_and_nothing_is_patched(version: str, monkeypatch: Any) -> None:
     monkeypatch.setattr("fusedpo.trl.versions.installed", lambda: version)
-    with pytest.raises(UnsupportedTRLError, match=rf"{version}.*1\.15\.0 to 1\.16\.x.*pip install"):
+    with pytest.raises(
+        UnsupportedTRLError,
+        match=rf"{version}.*1\.15\.0 to 1\.16\.x\. FusedDPOTrainer works there.*pip install",
+    ):
         patch_trl()
     assert trl_utils._ChunkedLogProbFunction is TRL_FUNCTION
+
+
+def test_newer_version_is_patched_with_a_warning_if_its_function_is_the_known_one(
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr("fusedpo.trl.versions.installed", lambda: "1.93.0")
+    monkeypatch.setattr("fusedpo.trl.patch.installed", lambda: "1.93.0")
+    with pytest.warns(UserWarning, match=r"TRL 1\.93\.0 is newer than"):
+        patch_trl()
+    assert trl_utils._ChunkedLogProbFunction is not TRL_FUNCTION
+    found = status()
+    assert (found.patched, found.supported) == (True, False)
+    assert "newer" in str(found.problem)
 
 
 def test_unknown_signature_is_refused_naming_the_difference(monkeypatch: Any) -> None:
@@ -391,4 +410,4 @@ def test_status_tells_version_support_and_path(monkeypatch: Any) -> None:
         assert trl_utils._use_triton(torch.device("cuda"))  # with Triton or without
     monkeypatch.setattr("fusedpo.trl.patch.installed", lambda: "1.13.0")
     assert not status().supported
-    assert "older than the supported range" in str(status().problem)
+    assert "older than what patch_trl supports" in str(status().problem)

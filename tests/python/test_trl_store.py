@@ -19,9 +19,10 @@ from fusedpo import RefStore, StoreError, precompute
 from fusedpo._precompute.records import keys_of
 from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.ref_batches import records_of_batch
+from fusedpo.trl.versions import at_least
 from precompute_helpers import contents, exact, write_inputs
 from test_trl_trainer import lora, lora_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig
 from trl_helpers import (
     assert_equal_logs,
@@ -35,7 +36,7 @@ from trl_helpers import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 EPS = float(np.finfo(np.float32).eps)
 BOUND = 8  # times eps (sum |logp_t| + max |z|), for a sequence in fp32
@@ -126,6 +127,22 @@ def test_the_reference_runs_before_the_first_step_and_never_after(
     assert forwards == []
 
 
+def by_trl(batch: Any) -> torch.Tensor:
+    """Score a batch by TRL's own head, on its own."""
+    model, ids = make_model().eval(), batch["input_ids"]
+    inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    completion = batch["completion_mask"]
+    with torch.no_grad():
+        if at_least(1, 15):
+            trl_dpo.add_fused_lm_head(model)
+            labels = ids.masked_fill(completion == 0, -100)
+            token_logps = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+        else:
+            logits = model(**inputs).logits[:, :-1]
+            token_logps = trl_dpo.selective_log_softmax(logits, ids[:, 1:]) * completion[:, 1:]
+    return token_logps.sum(1, dtype=torch.float64)
+
+
 def test_values_and_rewards_of_step_0_keep_to_the_bound(tmp_path: pathlib.Path) -> None:
     trainer = with_store(tmp_path, tmp_path / "refs", max_steps=1, learning_rate=0.0)
     reference = make_model().double().eval()
@@ -136,16 +153,7 @@ def test_values_and_rewards_of_step_0_keep_to_the_bound(tmp_path: pathlib.Path) 
         records = records_of_batch(batch)
         scale = np.array([exact(reference, record).scale for record in records])
         stored = torch.cat(trainer._stored_reference.pair(batch, torch.float64)).numpy()
-        other = make_model().eval()
-        trl_dpo.add_fused_lm_head(other)  # TRL's own head, on its own
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        with torch.no_grad():
-            theirs = other(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                labels=labels,
-                fused_lm_head=True,
-            ).log_probs.sum(1, dtype=torch.float64)
+        theirs = by_trl(batch)
         difference = np.abs(stored - theirs.numpy()) / (EPS * scale)
         largest = max(largest, float(scale.max()))
         with torch.no_grad():  # the policy, which a learning rate of 0 left as it was
@@ -254,6 +262,7 @@ def stream(rows: list[Any]) -> Any:
 
 
 def train_stream(folder: pathlib.Path, model: Any, rows: list[Any], **keywords: Any) -> Any:
+    set_seed(0)  # as `train` does
     trainer = FusedDPOTrainer(
         model,
         args=make_config(folder, max_steps=4),

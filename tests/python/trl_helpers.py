@@ -152,8 +152,11 @@ def train(
     keywords = dict(keywords or {})
     if with_ref_model:
         keywords["ref_model"] = make_model(family)
+    model = make_model(family) if model is None else model
+    # TRL before 1.15 does not, and makes another adapter each time.
+    transformers.set_seed(0)
     trainer = trainer_class(
-        make_model(family) if model is None else model,
+        model,
         args=make_config(folder, **options),
         train_dataset=Dataset.from_list(make_pairs() if rows is None else rows),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),

@@ -16,13 +16,33 @@ from fusedpo.trl.versions import at_least
 
 # The options of TRL 1.9.2 to 1.16. One that a newer TRL adds might change the loss.
 _KNOWN = frozenset(
-    """
-    activation_offloading beta dataset_num_proc disable_dropout discopop_tau
-    f_alpha_divergence_coef f_divergence_type label_smoothing ld_alpha loss_type loss_weights
-    max_length model_init_kwargs pad_to_multiple_of pad_token padding_free
-    precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha ref_model_sync_steps
-    router_aux_loss_coef sync_ref_model truncation_mode trust_remote_code use_weighting
-    """.split()
+    {
+        "activation_offloading",
+        "beta",
+        "dataset_num_proc",
+        "disable_dropout",
+        "discopop_tau",
+        "f_alpha_divergence_coef",
+        "f_divergence_type",
+        "label_smoothing",
+        "ld_alpha",
+        "loss_type",
+        "loss_weights",
+        "max_length",
+        "model_init_kwargs",
+        "pad_to_multiple_of",
+        "pad_token",
+        "padding_free",
+        "precompute_ref_batch_size",
+        "precompute_ref_log_probs",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+        "router_aux_loss_coef",
+        "sync_ref_model",
+        "truncation_mode",
+        "trust_remote_code",
+        "use_weighting",
+    }
 )
 
 
@@ -47,8 +67,8 @@ def refuse(config: Any) -> None:
             )
     if config.padding_free:
         raise ValueError(
-            "DPOConfig.padding_free must be False: no supported TRL follows it (TRL warns and pads). "
-            "Padding never reaches the head of FusedDPOTrainer."
+            "DPOConfig.padding_free must be False: no supported TRL follows it (it warns, and "
+            "pads). Padding never reaches the head of FusedDPOTrainer."
         )
     if config.use_liger_kernel and not at_least(1, 15):
         raise ValueError(

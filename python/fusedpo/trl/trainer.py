@@ -98,8 +98,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if self.args.n_gpu > 1:
             raise ValueError(
                 "FusedDPOTrainer must run on one GPU per process; this one sees "
-                f"{self.args.n_gpu}, over which transformers would use nn.DataParallel. Start it by "
-                "accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
+                f"{self.args.n_gpu}, over which transformers would use nn.DataParallel. Start it "
+                "by accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.

@@ -14,7 +14,15 @@ import warnings
 from importlib import metadata
 from typing import NamedTuple
 
-__all__ = ["PATCH", "TRAINER", "Support", "UnsupportedTRLError", "at_least", "installed", "untested"]
+__all__ = [
+    "PATCH",
+    "TRAINER",
+    "Support",
+    "UnsupportedTRLError",
+    "at_least",
+    "installed",
+    "untested",
+]
 
 _PAST = (1, 17)  # the first minor release that is newer than all tested ones
 _LAST_TEXT = "1.16.x"
