@@ -47,7 +47,7 @@ def construction(
         add_fused_head(loaded, outputs=to_load.pop(0))
         return loaded
 
-    replacements = {
+    replacements: dict[str, Any] = {
         "create_model_from_path": create_model_from_path,
         "add_fused_lm_head": lambda model, outputs=(): None,
     }

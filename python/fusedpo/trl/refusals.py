@@ -1,4 +1,5 @@
-"""Options of DPOConfig that FusedDPOTrainer does not follow: refused by name before anything loads.
+"""Arguments that FusedDPOTrainer does not know, and options of DPOConfig that it does not follow:
+refused by name before anything loads.
 
 Options of the loss are loss_options.py's; what TRL itself refuses is left to TRL.
 docs/trl.md lists every option.
@@ -7,10 +8,13 @@ docs/trl.md lists every option.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainingArguments
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
 from fusedpo.trl.versions import at_least
 
@@ -46,7 +50,27 @@ _KNOWN = frozenset(
 )
 
 
-def refuse(config: Any) -> None:
+def refuse_arguments(names: Iterable[str], own: Iterable[str]) -> None:
+    """Check the keyword arguments of the trainer that it would pass on; `own` are those it takes.
+
+    Raises:
+        TypeError: DPOTrainer takes no such argument; the message tells where it may belong.
+    """
+    takes = [*list(inspect.signature(DPOTrainer.__init__).parameters)[1:], *own]
+    options = {each.name for each in dataclasses.fields(DPOConfig)}
+    for name in names:
+        if name in takes:
+            continue
+        remedy = f"It takes {', '.join(takes)}."
+        close = difflib.get_close_matches(name, takes, n=1)
+        if name in options:
+            remedy = f"It is an option of the training: args=DPOConfig({name}=...)."
+        elif close:
+            remedy = f"Did you mean {close[0]}?"
+        raise TypeError(f"FusedDPOTrainer has no argument {name!r}. {remedy}")
+
+
+def refuse_options(config: Any) -> None:
     """Check a DPOConfig.
 
     Raises:
@@ -69,6 +93,11 @@ def refuse(config: Any) -> None:
         raise ValueError(
             "DPOConfig.padding_free must be False: no supported TRL follows it (it warns, and "
             "pads). Padding never reaches the head of FusedDPOTrainer."
+        )
+    if config.label_smoothing_factor:
+        raise ValueError(
+            "DPOConfig.label_smoothing_factor must be 0: it belongs to transformers' own loss, "
+            "which no DPO loss uses. DPOConfig.label_smoothing is that of the preference losses."
         )
     if config.use_liger_kernel and not at_least(1, 15):
         raise ValueError(

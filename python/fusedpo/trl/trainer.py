@@ -25,7 +25,7 @@ from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
-from fusedpo.trl.refusals import refuse
+from fusedpo.trl.refusals import refuse_arguments, refuse_options
 from fusedpo.trl.versions import TRAINER
 
 _NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
@@ -55,8 +55,10 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             another reference, or scored in another way; `"ignore"` uses its values, with a warning.
 
     Raises:
-        ValueError: a loss that is unknown or an option out of range; the message names it.
-        UnsupportedTRLError: the installed TRL is outside the supported range.
+        TypeError: an unknown argument.
+        ValueError: a loss that is unknown, an option that is out of range or not followed; the
+            message names it.
+        UnsupportedTRLError: the installed TRL is too old, or newer and too different.
         fusedpo.StoreError: the store belongs to another reference, or is damaged.
         LookupError: records are missing, and `ref_miss` is "error".
 
@@ -80,11 +82,12 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         **keywords: Any,
     ) -> None:
         version = TRAINER.require()
+        refuse_arguments(keywords, ("ref_store", "ref_miss", "ref_identity"))
         if args is None:  # as DPOTrainer makes it
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         # Wrong options are refused before a model is loaded.
-        refuse(args)
+        refuse_options(args)
         self._loss_call = loss_call(args)
         # The second argument after `args`.
         train_dataset = keywords.get("train_dataset", rest[1] if len(rest) > 1 else None)
