@@ -100,6 +100,8 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/tools $(INST
 	$(PIP) install --no-build-isolation ".[$*]"
 	@touch $@
 
+.PRECIOUS: $(VENV)/trl/%/pyvenv.cfg  # make deletes what it takes for an intermediate file
+
 # One wheel for all versions of TRL.
 $(STAMPS)/wheel: $(STAMPS)/tools $(INSTALLED)
 	rm -rf $(VENV)/wheel

@@ -35,7 +35,7 @@ from precompute_helpers import (
 from transformers import AutoModelForCausalLM
 from trl_helpers import make_model, make_pairs, make_tokenizer, one_thread  # noqa: F401
 
-pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = float(np.finfo(np.float32).eps)
 SMALL: dict[str, Any] = {"max_tokens_per_batch": 96, "autocast": "no"}

@@ -150,9 +150,8 @@ ROWS = (
         setup={"evaluate": True},
         with_={"eval_strategy": "steps", "eval_steps": 2},
     ),
-    Row("deepspeed", {}, ELSEWHERE, where="test_trl_distributed.py"),
     Row("fsdp", {}, ELSEWHERE, where="test_trl_distributed.py"),
-    Row("parallelism_config", {}, ELSEWHERE, where="test_trl_distributed.py"),
+    Row("deepspeed", {}, ELSEWHERE, "ZeRO-3's gathering of the head", where="test_trl_head.py"),
     Row("resume_from_checkpoint", {}, ELSEWHERE, where="test_trl_drop_in.py"),
     Row("report_to", {}, ELSEWHERE, where="test_trl_drop_in.py"),
 )
