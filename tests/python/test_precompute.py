@@ -214,7 +214,7 @@ def test_the_tolerance_holds_what_rounding_may_do_and_no_more(tmp_path: pathlib.
         store.refresh()
         assert store.lookup(keys)[0].all()
         with store.writer() as writer:
-            writer.append(keys, [logp - 0.001 * max(1, abs(logp))], [1])
+            writer.append(keys, [logp - 1e-5 * max(32, abs(logp))], [1])
         store.refresh()
         with pytest.raises(StoreError, match="more than the tolerance"):
             store.lookup(keys)
