@@ -15,8 +15,8 @@ tests/cuda_host/faults/*.toml:
 
 A fault whose text is gone, or that does not compile, is an error, so faults cannot rot. Each one
 compiles one or two files and links and runs the tests of its filter until the first failure.
-FUSEDPO_FAULTS_EVERY is the default of --every: 10 plants every tenth fault, beginning with one of the
-first ten that the commit decides, so that in time every fault gets its turn.
+FUSEDPO_FAULTS_EVERY is the default of --every: 10 plants every tenth fault, beginning
+with one that the commit decides, so that in time every fault gets its turn.
 """
 
 from __future__ import annotations
