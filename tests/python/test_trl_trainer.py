@@ -231,6 +231,19 @@ def test_lora_on_the_head_is_refused_at_construction(tmp_path: Any) -> None:
         train(FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False)
 
 
+def test_data_parallel_is_refused_at_construction(tmp_path: Any) -> None:
+    args = make_config(tmp_path)
+    args._n_gpu = 2  # as with two GPUs and no launcher
+    with pytest.raises(ValueError, match=r"nn\.DataParallel"):
+        FusedDPOTrainer(
+            make_model(),
+            args=args,
+            train_dataset=Dataset.from_list(make_pairs(4)),
+            processing_class=make_tokenizer(),
+            ref_model=make_model(),
+        )
+
+
 def test_trls_names_are_back_after_construction_even_when_it_fails(tmp_path: Any) -> None:
     originals = {name: getattr(trl_dpo, name) for name in replaced_names()}
     assert originals

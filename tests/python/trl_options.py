@@ -15,7 +15,7 @@ BEGIN = "<!-- options: written by `python tests/python/trl_options.py` -->"
 END = "<!-- /options -->"
 
 EQUAL = "as in TRL"  # two steps of both trainers log the same numbers
-SAME_ERROR = "as in TRL: an error"  # both trainers fail with the same error on this machine
+SAME_END = "as in TRL, or its error"  # the machine decides: equal numbers, or one error of both
 REFUSED = "refused"  # by FusedDPOTrainer, when it is built; the message names the option
 ELSEWHERE = "as in TRL"  # by a test that this one cannot replace
 
@@ -89,13 +89,13 @@ ROWS = (
     _row("ref_model_sync_steps", 1, with_={"sync_ref_model": True}),
     _row("ref_model_mixup_alpha", 0.3, with_={"sync_ref_model": True, "ref_model_sync_steps": 1}),
     _row("disable_dropout", False, setup={"family": "gpt2"}),
-    _row("activation_offloading", True, SAME_ERROR, note="needs a GPU, as in TRL"),
+    _row("activation_offloading", True, SAME_END, note="an error without a GPU"),
     _row("dataset_num_proc", 2),
     _row("model_init_kwargs", {"attn_implementation": "eager"}, **_BY_PATH),
     _row("trust_remote_code", True, **_BY_PATH),
     _row("learning_rate", 1e-2),
     # What it declares anew.
-    _row("bf16", True, note="autocast; within bf16's rounding, nearer to fp64 than TRL"),
+    _row("bf16", True, note="autocast; within bf16's rounding"),
     _row("gradient_checkpointing", True),
     _row("logging_steps", 2),
     _row(
@@ -107,9 +107,9 @@ ROWS = (
     _row(
         "use_liger_kernel",
         True,
-        SAME_ERROR,
+        SAME_END,
         since=(1, 15),
-        note="needs liger-kernel; Liger's layers only, as in TRL. Refused below TRL 1.15, where it "
+        note="an error without liger-kernel; Liger's layers only. Refused below TRL 1.15, where it "
         "selects another loss",
     ),
     # Options of transformers that touch what FusedDPOTrainer does. The others are the loop's.

@@ -50,13 +50,15 @@ _KNOWN = frozenset(
 )
 
 
-def refuse_arguments(names: Iterable[str], own: Iterable[str]) -> None:
-    """Check the keyword arguments of the trainer that it would pass on; `own` are those it takes.
+def refuse_arguments(names: Iterable[str], trainer_class: type) -> None:
+    """Check the keyword arguments that a trainer would pass on to DPOTrainer.
 
     Raises:
         TypeError: DPOTrainer takes no such argument; the message tells where it may belong.
     """
-    takes = [*list(inspect.signature(DPOTrainer.__init__).parameters)[1:], *own]
+    parameters = inspect.signature(trainer_class).parameters.values()
+    own = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    takes = [*inspect.signature(DPOTrainer).parameters, *own]
     options = {each.name for each in dataclasses.fields(DPOConfig)}
     for name in names:
         if name in takes:

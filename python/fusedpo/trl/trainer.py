@@ -82,7 +82,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         **keywords: Any,
     ) -> None:
         version = TRAINER.require()
-        refuse_arguments(keywords, ("ref_store", "ref_miss", "ref_identity"))
+        refuse_arguments(keywords, FusedDPOTrainer)
         if args is None:  # as DPOTrainer makes it
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
