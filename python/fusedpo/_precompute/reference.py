@@ -97,17 +97,6 @@ def base_model(model: Any) -> Any:
     )
 
 
-def refuse_adapter_on_head(model: Any) -> None:
-    """The head multiplies with `lm_head.weight` itself: an adapter on it would be left out."""
-    head = base_model(model).get_output_embeddings()
-    adapters = getattr(head, "active_adapters", None)
-    if hasattr(head, "base_layer") and adapters and not head.disable_adapters and not head.merged:
-        raise ValueError(
-            f"the reference has an adapter ({', '.join(adapters)}) on its output embeddings, which "
-            "the fused head does not apply. Merge it: model = model.merge_and_unload()."
-        )
-
-
 @contextlib.contextmanager
 def fused_head(model: Any) -> Iterator[None]:
     """Give the model the fused head, and take it away again."""

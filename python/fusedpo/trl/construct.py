@@ -10,6 +10,7 @@ from typing import Any
 import trl.trainer.dpo_trainer as _trl_dpo
 
 from fusedpo._head import add_fused_head
+from fusedpo.trl.adapters import adapters_on_head_allowed
 from fusedpo.trl.ref_store import RefStoreOptions
 
 _construction = threading.RLock()
@@ -32,7 +33,8 @@ def construction(args: Any, store: RefStoreOptions | None) -> Iterator[None]:
             if not store.own:  # what TRL names its own cache by
                 _trl_dpo.hash_module = lambda module: None
         try:
-            yield
+            with adapters_on_head_allowed():
+                yield
         finally:
             _trl_dpo.add_fused_lm_head, _trl_dpo.hash_module = head, hash_module
             args.precompute_ref_log_probs = precompute
