@@ -101,27 +101,26 @@ def read_head(module: Any) -> Head:
         ValueError: an adapter that changes the logits in another way than LoRA, or a quantised
             head.
     """
+    weight = module.weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            "the weight of the language-model head (lm_head) must be floating point; got "
+            f"{weight.dtype} in {_type(module).__name__}. Leave lm_head out of quantisation: "
+            "llm_int8_skip_modules=['lm_head']."
+        )
     if not READS_ADAPTERS:
         if type(module).__module__.startswith("peft.tuners."):
             raise ValueError(
                 f"an adapter on the language-model head (lm_head) needs peft>={OLDEST_PEFT}; got "
                 f"{metadata.version('peft')}. Upgrade it, or take lm_head out of target_modules."
             )
-        head = Head(module.weight, module.bias)
-    elif isinstance(module, BaseTunerLayer):
-        head = _read_adapters(module)
-    elif isinstance(module, TrainableTokensWrapper):
+        return Head(weight, module.bias)
+    if isinstance(module, BaseTunerLayer):
+        return _read_adapters(module)
+    if isinstance(module, TrainableTokensWrapper):
         # Its weight is the base's with the trained rows in their places; it passes on no bias.
-        head = Head(module.weight, module.original_module.bias)
-    else:
-        head = Head(module.weight, module.bias)
-    if not head.weight.is_floating_point():
-        raise ValueError(
-            "the weight of the language-model head (lm_head) must be floating point; got "
-            f"{head.weight.dtype} in {_type(module).__name__}. Leave lm_head out of quantisation: "
-            "llm_int8_skip_modules=['lm_head']."
-        )
-    return head
+        return Head(weight, module.original_module.bias)
+    return Head(weight, module.bias)
 
 
 def _read_adapters(layer: Any) -> Head:
@@ -147,8 +146,9 @@ def _read_adapters(layer: Any) -> Head:
 def _not_plain_lora(*kinds: type) -> ValueError:
     names = " with ".join(f"{each.__module__}.{each.__name__}" for each in kinds)
     return ValueError(
-        f"an adapter on the language-model head (lm_head) must be LoRA without a variant; got {names}. "
-        "Take lm_head out of target_modules, or train it as a whole: modules_to_save=['lm_head']."
+        "an adapter on the language-model head (lm_head) must be LoRA without a variant; got "
+        f"{names}. Take lm_head out of target_modules, or train it as a whole: "
+        "modules_to_save=['lm_head']."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,6 +50,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def shard_as_zero3(monkeypatch: Any, parameters: list[Any]) -> list[int]:
+    """Make parameters look sharded by ZeRO-3 to the fused head; the list that is returned gets the
+    number of parameters of each gathering.
+
+    ZeRO-3 leaves a parameter of size 0 outside its gather context; that can be had without
+    DeepSpeed. What DeepSpeed does with the gradient afterwards cannot, so ask for the gradients
+    directly.
+    """
+    full = {p: p.data for p in parameters}
+    gathered: list[int] = []
+
+    @contextlib.contextmanager
+    def gather(*wanted: Any) -> Iterator[None]:
+        sharded = [p for p in wanted if p is not None and p.numel() == 0]
+        gathered.append(len(sharded))
+        for p in sharded:
+            p.data = full[p]
+        try:
+            yield
+        finally:
+            for p in sharded:
+                p.data = torch.empty(0)
+
+    for p in parameters:
+        p.data = torch.empty(0)
+    monkeypatch.setattr("fusedpo._head.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("fusedpo._head.maybe_gather_lm_head_ctx", gather)
+    return gathered
 
 
 def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:
