@@ -15,21 +15,19 @@ from torch import Tensor
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
-from datasets import Dataset
-from fusedpo import RefStore, precompute
+from fusedpo import precompute
 from fusedpo._precompute.records import keys_of
 from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.ref_batches import records_of_batch
 from precompute_helpers import contents, write_inputs
-from trl import DPOTrainer, KTOConfig, KTOTrainer
+from test_trl_store import assert_equal
+from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 from trl_helpers import (
     assert_equal_logs,
     logged,
-    make_config,
     make_model,
     make_pairs,
-    make_tokenizer,
     one_thread,  # noqa: F401  a fixture
     train,
 )
@@ -100,9 +98,9 @@ class Recording(FusedDPOTrainer):
 def eager_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probs of the chosen and rejected completions by PEFT's own forward and log_softmax."""
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
-    logits = model.base_model.model.original_forward(
-        input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
-    ).logits[:, :-1]
+    base = model.get_base_model()
+    forward = type(base).forward  # the instance's own is the fused one
+    logits = forward(base, ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
     token_logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     chosen, rejected = (token_logps * mask).sum(1).chunk(2)
     return chosen, rejected
@@ -111,8 +109,6 @@ def eager_logps(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def train_by_hand(trainer: Recording) -> tuple[list[float], dict[str, Tensor]]:
     """Repeat a training of `trainer` from its start, eagerly; return losses and parameters."""
     model = trainer.model
-    base = model.get_base_model()
-    base.original_forward = type(base).forward.__get__(base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(trainer.start[name])
@@ -161,6 +157,47 @@ def test_every_logged_value_of_a_head_trained_as_a_whole_equals_trl(tmp_path: pa
         trainer = train(trainer_class, tmp_path, keywords=options, with_ref_model=False)
         logs.append(logged(trainer))
     assert_equal_logs(logs[1], logs[0])
+
+
+def test_store_made_from_the_base_model_serves_a_training_with_a_new_adapter(
+    tmp_path: pathlib.Path,
+) -> None:
+    inputs = write_inputs(tmp_path, rows=16)
+    store = str(tmp_path / "refs")
+    precompute(*inputs, store, dtype="float32", autocast="no")
+
+    def run(**more: Any) -> Any:
+        keywords = {"peft_config": lora("lm_head")} | more
+        return train(FusedDPOTrainer, tmp_path, keywords=keywords, with_ref_model=False)
+
+    assert_equal(run(ref_store=store, ref_miss="error"), logged(run()))
+
+
+def test_precompute_scores_with_an_adapter_on_the_head(tmp_path: pathlib.Path) -> None:
+    inputs = write_inputs(tmp_path, rows=8)
+    model = trained_before(lora("lm_head"))
+    model.save_pretrained(tmp_path / "adapter")
+    store = str(tmp_path / "refs")
+    precompute(
+        *inputs, store, ref_adapter=str(tmp_path / "adapter"), dtype="float32", autocast="no"
+    )
+    trainer = train(
+        Recording,
+        tmp_path,
+        rows=make_pairs(8),
+        model=model,
+        with_ref_model=False,
+        keywords={"ref_store": store, "ref_miss": "error"},
+        max_steps=1,
+        learning_rate=0.0,
+    )
+    found = contents(store)
+    for batch in trainer.batches:
+        with torch.no_grad():
+            want = torch.cat(eager_logps(model, batch))
+        keys = keys_of(records_of_batch(batch))
+        got = [found[key.tobytes()] for key in keys]
+        assert got == pytest.approx(want.tolist(), rel=1e-5)
 
 
 def test_what_is_not_low_rank_is_refused_at_construction(tmp_path: pathlib.Path) -> None:

@@ -206,12 +206,6 @@ def test_compute_ref_log_probs_equals_trl_and_leaves_no_graph(tmp_path: Any) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_lora_on_the_head_is_refused_at_construction(tmp_path: Any) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="lm_head"):
-        train(FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False)
-
-
 def test_unsupported_trl_is_refused_at_construction(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("fusedpo.trl.versions.installed", lambda: "1.99.0")
     with pytest.raises(RuntimeError, match=r"TRL 1\.99\.0 is newer than the supported range"):
