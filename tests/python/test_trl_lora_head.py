@@ -4,7 +4,10 @@ forward: TRL refuses such a training, so it cannot be what is compared with."""
 from __future__ import annotations
 
 import math
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import peft
@@ -211,3 +214,20 @@ def test_trls_own_trainers_refuse_as_before(tmp_path: pathlib.Path) -> None:
     train(FusedDPOTrainer, tmp_path, max_steps=1, **options)
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
         train(DPOTrainer, tmp_path, **options)
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="this torch is built without gloo"
+)
+def test_fsdp2_gives_the_adapter_the_mean_of_the_gradients_of_all_ranks() -> None:
+    script = pathlib.Path(__file__).with_name("trl_two_ranks_lora_head.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
