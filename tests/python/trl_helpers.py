@@ -52,6 +52,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def record_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of rows of each call of the head that runs on fusedpo."""
+    rows: list[int] = []
+    import fusedpo._head as head_module
+
+    original = head_module.linear_token_logps
+
+    def spy(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+        rows.append(labels.numel())
+        return original(hidden, weight, labels, **options)
+
+    monkeypatch.setattr(head_module, "linear_token_logps", spy)
+    return rows
+
+
 def shard_as_zero3(monkeypatch: Any, parameters: list[Any]) -> list[int]:
     """Make parameters look sharded by ZeRO-3 to the fused head; the list that is returned gets the
     number of parameters of each gathering.
