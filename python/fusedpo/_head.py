@@ -56,11 +56,7 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
     Args:
         model: a transformers causal language model; under PEFT its base model.
         outputs: names as TRL passes them, e.g. ``("log_probs", "entropy")``.
-
-    Raises:
-        ValueError: the head is quantised, or has an adapter other than LoRA.
     """
-    read_head(model.get_output_embeddings())  # what it cannot apply is refused here
     original_forward = model.forward
     text_config = model.config.get_text_config()
     softcap, logit_scale = logit_transform(text_config)

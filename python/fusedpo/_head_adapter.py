@@ -1,8 +1,8 @@
 """What a head multiplies with, where PEFT has put an adapter around it.
 
 LoRA on the head stays low-rank: `z = x W^T + b + sum_i s_i (dropout(x) A_i^T) B_i^T`, so there is
-neither a merged copy of W nor a [V, H] gradient. Everything else that would change the logits is
-refused by name, when the head is put on the model.
+neither a merged copy of W nor a [V, H] gradient. What changes the logits in another way is refused
+by name.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusedpo._head import add_fused_head
+from fusedpo._head_adapter import read_head
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -95,6 +96,11 @@ def base_model(model: Any) -> Any:
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         else model
     )
+
+
+def check_head(model: Any) -> None:
+    """Raise ValueError, by name, where the fused head cannot stand in for the model's own."""
+    read_head(base_model(model).get_output_embeddings())
 
 
 @contextlib.contextmanager

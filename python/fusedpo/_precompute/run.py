@@ -147,10 +147,8 @@ def reference_of(
     ref_adapter: str | os.PathLike[str] | None,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model that scores, loaded if it is a name, and its identity."""
-    from fusedpo._head_adapter import read_head
-
     from .identity import model_identity
-    from .reference import base_model, load_reference
+    from .reference import check_head, load_reference
 
     compute_dtype = autocast_dtype(autocast)
     if isinstance(model, (str, os.PathLike)):
@@ -165,7 +163,7 @@ def reference_of(
         raise ValueError("ref_adapter needs a model given by its path or name; pass a PeftModel.")
     name = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
     identity = model_identity(model, autocast=name)
-    read_head(base_model(model).get_output_embeddings())  # refuses a head that cannot score
+    check_head(model)
     return model, identity
 
 

@@ -18,8 +18,8 @@ class _NoLayer:
 def adapters_on_head_allowed() -> Iterator[None]:
     """Keep `DPOTrainer.__init__` from refusing any adapter on the head, for one construction.
 
-    Its only use of the name is this refusal. Those that fusedpo cannot apply, either, are refused
-    by `add_fused_head`. With a PEFT that is too old for it, TRL's refusal stays.
+    Its only use of the name is this refusal. FusedDPOTrainer refuses those that it cannot apply,
+    either. With a PEFT that is too old, TRL's refusal stays.
     """
     if not READS_ADAPTERS:
         yield

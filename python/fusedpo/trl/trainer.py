@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
+from fusedpo._precompute.reference import check_head
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
@@ -51,7 +52,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             another reference, or scored in another way; `"ignore"` uses its values, with a warning.
 
     Raises:
-        ValueError: a loss that is unknown or an option out of range; the message names it.
+        ValueError: a loss that is unknown, an option out of range, or an adapter on the
+            language-model head that is not LoRA; the message names it.
         UnsupportedTRLError: the installed TRL is outside the supported range.
         fusedpo.StoreError: the store belongs to another reference, or is damaged.
         LookupError: records are missing, and `ref_miss` is "error".
@@ -88,6 +90,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._stored_reference = None
         with construction(args, store):
             super().__init__(model, ref_model, args, *rest, **keywords)
+        check_head(self.model)
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
             self.precompute_ref_logps = False
