@@ -149,11 +149,9 @@ def score_rows(
         lora_hidden, lora_weight = head.low_rank(hidden, labels)
         if not torch.is_autocast_enabled(hidden.device.type):
             # A head in bf16 behind norms in fp32, or TRL's cast_lm_head_to_fp32. The whole matrix
-            # is converted: outside autocast the operator takes one dtype only.
-            weight = weight.to(hidden.dtype)
-            bias, lora_hidden, lora_weight = (
-                None if x is None else x.to(hidden.dtype) for x in (bias, lora_hidden, lora_weight)
-            )
+            # is converted: outside autocast the operator takes one dtype only. (Not so of adapters:
+            # those in fp32 get their gradients in fp32, never rounded to less.)
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         options: dict[str, Any] = {
             "temperature": temperature,
             "softcap": softcap,

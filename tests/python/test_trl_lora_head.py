@@ -18,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
+from datasets import Dataset
 from fusedpo import precompute
 from fusedpo._precompute.records import keys_of
 from fusedpo.trl import FusedDPOTrainer
@@ -29,8 +30,10 @@ from trl.trainer.utils import use_adapter
 from trl_helpers import (
     assert_equal_logs,
     logged,
+    make_config,
     make_model,
     make_pairs,
+    make_tokenizer,
     one_thread,  # noqa: F401  a fixture
     train,
     trl_has_a_head,  # noqa: F401  a fixture
@@ -209,9 +212,14 @@ def test_precompute_scores_with_an_adapter_on_the_head(tmp_path: pathlib.Path) -
 
 
 def test_what_is_not_low_rank_is_refused_at_construction(tmp_path: pathlib.Path) -> None:
-    config = lora("lm_head", use_dora=True)
     with pytest.raises(ValueError, match=r"\(lm_head\) must be LoRA.*Dora.*modules_to_save"):
-        train(FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False)
+        FusedDPOTrainer(
+            make_model(),
+            args=make_config(tmp_path),
+            train_dataset=Dataset.from_list(make_pairs()),
+            processing_class=make_tokenizer(),
+            peft_config=lora("lm_head", use_dora=True),
+        )
 
 
 def test_trls_own_trainers_refuse_as_before(tmp_path: pathlib.Path) -> None:
