@@ -25,6 +25,8 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from fusedpo import TokenLogps, linear_token_logps
+from fusedpo._head_adapter import Head, read_head
+from fusedpo.logps import score_head
 from fusedpo.reference import METRICS
 
 _TRANSFORMERS = Version(transformers.__version__)
@@ -84,12 +86,11 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
         # The backbone and the head are looked up at each call: PEFT and FSDP replace modules after
         # this wrapping.
         states = _backbone(self, text_config)(*args, **kwargs)
-        lm_head = self.get_output_embeddings()
-        device = lm_head.weight.device  # with device_map the backbone may end on another device
+        head = read_head(self.get_output_embeddings())
+        device = head.weight.device  # with device_map the backbone may end on another device
         scored = score_rows(
             states.last_hidden_state[:, :-1].to(device),
-            lm_head.weight,
-            lm_head.bias,
+            head,
             labels[:, 1:].to(device),
             softcap=softcap,
             logit_scale=logit_scale,
@@ -133,8 +134,7 @@ def logit_transform(text_config: Any) -> tuple[float | None, float]:
 
 def score_rows(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     labels: Tensor,
     *,
     temperature: float = 1.0,
@@ -142,23 +142,25 @@ def score_rows(
     logit_scale: float,
     metrics: Sequence[str],
 ) -> TokenLogps:
-    """Call `linear_token_logps` with a head that may be sharded or of another dtype."""
-    weight, bias = _full_tensor(weight), None if bias is None else _full_tensor(bias)
-    with _zero3_gathered(weight, bias):
-        if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    """Score with a head that may be sharded, adapted or of another dtype."""
+    head = head.map(_full_tensor)
+    with _zero3_gathered(head.tensors()):
+        weight, bias = head.weight, head.total_bias()
+        lora_hidden, lora_weight = head.low_rank(hidden, labels)
+        if not torch.is_autocast_enabled(hidden.device.type):
             # A head in bf16 behind norms in fp32, or TRL's cast_lm_head_to_fp32. The whole matrix
-            # is converted: outside autocast the operator takes one dtype only.
+            # is converted: outside autocast the operator takes one dtype only. (Not so of adapters:
+            # those in fp32 get their gradients in fp32, never rounded to less.)
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        return linear_token_logps(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            metrics=metrics,
-        )
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "metrics": metrics,
+        }
+        if lora_hidden is None:
+            return linear_token_logps(hidden, weight, labels, bias=bias, **options)
+        return score_head(hidden, weight, labels, bias, lora_hidden, lora_weight, **options)
 
 
 def _full_tensor(parameter: Tensor) -> Tensor:
@@ -172,7 +174,7 @@ def _full_tensor(parameter: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _zero3_gathered(weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+def _zero3_gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gather ZeRO-3 parameters for the forward, and again when the backward asks for them.
 
     Between the two they are shards of size 0, so what autograd saves is a reference to the
@@ -181,8 +183,8 @@ def _zero3_gathered(weight: Tensor, bias: Tensor | None) -> Iterator[None]:
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    with maybe_gather_lm_head_ctx(weight, bias):
-        gathered = {t.untyped_storage().data_ptr(): t for t in (weight, bias) if t is not None}
+    with maybe_gather_lm_head_ctx(*parameters):
+        gathered = {t.untyped_storage().data_ptr(): t for t in parameters}
 
         def pack(saved: Tensor) -> Any:
             parameter = gathered.get(saved.untyped_storage().data_ptr()) if saved.numel() else None

@@ -51,7 +51,7 @@ def broken() -> str | None:
     return _problems.get("broken")
 
 
-def warn_fallback(device_type: str) -> None:
+def warn_fallback(device_type: str, stacklevel: int = 3) -> None:
     """Warns, once per device type and process, that `fusedpo.reference` serves, and why."""
     if device_type in _warned or torch.compiler.is_compiling():
         return
@@ -60,7 +60,7 @@ def warn_fallback(device_type: str) -> None:
         f"fusedpo: the slower fusedpo.reference serves {device_type} tensors: "
         f"{why_not(device_type)}. `python -m fusedpo` tells more.",
         UserWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )
 
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _load, reference
 from ._check import check_linear, check_token_logps, linear_compute_dtype, refuse_transforms
 from .reference import TokenLogps
+from .reference.logps import apply_lora_a
+from .reference.logps import score_head as reference_score_head
 
 if TYPE_CHECKING or _load.native("cpu"):
     from .ops import METRIC_BITS, kept_columns
@@ -168,30 +169,61 @@ def linear_token_logps(
         lora,
         logits_budget_bytes,
     )
+    lora_hidden = lora_weight = None
+    if lora is not None:
+        lora_hidden, lora_weight = apply_lora_a(hidden, labels, ignore_index, lora)
+    return score_head(
+        hidden,
+        weight,
+        labels,
+        bias,
+        lora_hidden,
+        lora_weight,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        metrics=metrics,
+        logits_budget_bytes=logits_budget_bytes,
+    )
+
+
+def score_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    *,
+    ignore_index: int = -100,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    metrics: Sequence[str],
+    logits_budget_bytes: int | None = None,
+) -> TokenLogps:
+    """`linear_token_logps` behind its checks, for adapters whose input is not `hidden` as it is
+    (dropout), or that are several: the logits are `hidden @ weight.T + lora_hidden @ lora_weight.T
+    + bias`, with lora_hidden `[..., r]` finite at ignored positions, and lora_weight `[V, r]`.
+    """
     device = hidden.device.type
     if not _load.native(device):
-        _load.warn_fallback(device)
-        return reference.linear_token_logps(
+        _load.warn_fallback(device, stacklevel=4)
+        return reference_score_head(
             hidden,
             weight,
             labels,
-            bias=bias,
+            bias,
+            lora_hidden,
+            lora_weight,
             ignore_index=ignore_index,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
             metrics=metrics,
-            lora=lora,
-            logits_budget_bytes=logits_budget_bytes,
         )
     refuse_transforms()
-    lora_hidden = lora_weight = None
-    if lora is not None:
-        lora_a, lora_weight, lora_scale = lora
-        # What stands at ignored positions must not reach A's gradient either.
-        scored = hidden.masked_fill((labels == ignore_index).unsqueeze(-1), 0)
-        lora_hidden = F.linear(scored, lora_a) * lora_scale
-
     compute_dtype = linear_compute_dtype(hidden)
     keep_rows, vocabulary = 0, weight.shape[0]
     if _needs_grad(weight, bias, lora_weight):

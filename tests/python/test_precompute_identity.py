@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="precompute loads models with TRL")
 import peft
 from fusedpo._precompute import identity as identity_module
 from fusedpo._precompute.identity import model_identity, refuse_sharded
-from fusedpo._precompute.reference import load_reference, refuse_adapter_on_head
+from fusedpo._precompute.reference import load_reference
 from fusedpo._store_identity import differences
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -249,13 +249,17 @@ def test_prompt_learning_counts_while_it_is_on(kind: Any) -> None:
     assert differing(one, other) == {"adapter.parameters"}
 
 
-def test_an_adapter_on_the_head_is_refused_while_it_is_on() -> None:
-    model = trained(get_peft_model(make_model(), lora(target_modules=["q_proj", "lm_head"])))
-    with pytest.raises(ValueError, match="output embeddings"):
-        refuse_adapter_on_head(model)
-    with use_adapter(model, None):
-        refuse_adapter_on_head(model)
-    refuse_adapter_on_head(trained(get_peft_model(make_model(), lora())))
+@pytest.mark.parametrize("family", ["llama", "llama tied"])
+def test_an_adapter_on_the_head_counts_while_it_is_on(family: str) -> None:
+    on_head = get_peft_model(make_model(family), lora(target_modules=["q_proj", "lm_head"]))
+    plain = make_model(family)
+    assert differing(plain, on_head) == set()  # B starts as zeros
+    with_both = identity(trained(on_head))
+    assert with_both["adapter"] is not None
+    with use_adapter(on_head, None):
+        assert differing(plain, on_head) == set()
+    on_head.get_base_model().lm_head.lora_B["default"].weight.data.add_(1e-3)
+    assert differing(with_both, on_head) == {"adapter.parameters"}
 
 
 def test_parameters_that_are_not_in_memory_are_refused() -> None:

@@ -7,12 +7,17 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
-from trl_helpers import make_model, make_pairs, make_tokenizer
+from datasets import Dataset
+from fusedpo.trl import patch_trl
+from test_loss_examples import load
+from test_trl_patch_trainers import arguments, assert_within_contract, without_times
+from trl_helpers import make_model, make_pairs, make_tokenizer, one_thread  # noqa: F401  a fixture
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
@@ -61,3 +66,58 @@ def test_demo_compares_both_runs_and_writes_plot_and_numbers(tmp_path: pathlib.P
     assert len(report["runs"]["trl"]["steps"]) == 6
     assert max(report["largest_differences"].values()) <= 1e-4
     assert report["runs"]["fusedpo"]["held_out_after"]["rewards/accuracies"] > 0.5
+
+
+def test_cpo_orpo_script_trains_and_saves(tmp_path: pathlib.Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps(row) + "\n" for row in make_pairs(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    output = run([str(EXAMPLES / "cpo_orpo.py"), "simpo", "model", "pairs.jsonl"], tmp_path)
+    assert "rewards/margins" in output
+    assert (tmp_path / "simpo_output" / "model.safetensors").exists()
+
+
+CPO_ORPO: dict[str, tuple[str, dict[str, Any]]] = {
+    "CPO": ("CPO", {}),
+    "CPO, label smoothing": ("CPO", {"label_smoothing": 0.2, "cpo_alpha": 0.5}),
+    "CPO, hinge": ("CPO", {"loss_type": "hinge"}),
+    "CPO, IPO": ("CPO", {"loss_type": "ipo"}),
+    "SimPO": ("CPO", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.3}),
+    "AlphaPO": ("CPO", {"loss_type": "simpo", "alpha": 0.25, "beta": 2.0}),
+    "ORPO": ("ORPO", {}),
+}
+
+
+@pytest.mark.parametrize("name", CPO_ORPO)
+def test_cpo_and_orpo_losses_equal_trls_experimental_trainers(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    example = load("cpo_orpo")
+    kind, options = CPO_ORPO[name]
+    config_class = getattr(example, f"{kind}Config")
+
+    def log_of(trainer_class: Any) -> list[dict[str, float]]:
+        trainer = trainer_class(
+            model=make_model(),
+            args=config_class(
+                **arguments(tmp_path, eval_strategy="steps", eval_steps=3, **options)
+            ),
+            train_dataset=Dataset.from_list(make_pairs()),
+            eval_dataset=Dataset.from_list(make_pairs(6, seed=1)),
+            processing_class=make_tokenizer(),
+        )
+        trainer.train()
+        return without_times(trainer)
+
+    want = log_of(getattr(example, f"{kind}Trainer"))
+    with patch_trl():
+        got = log_of(getattr(example, f"Fused{kind}Trainer"))
+    unlike = {"logits/chosen", "logits/rejected"}  # TRL's cover prompt and padding
+    unlike |= {"logps/chosen", "logps/rejected", "log_odds_chosen", "log_odds_ratio"}
+    theirs = [
+        {k: v for k, v in entry.items() if k.removeprefix("eval_") not in unlike} for entry in want
+    ]
+    assert_within_contract(got, theirs)
+    losses = [entry["loss"] for entry in want if "loss" in entry]
+    assert max(losses) - min(losses) > 1e-2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 from typing import Any
 
@@ -15,7 +14,13 @@ import fusedpo._head as head_module
 from fusedpo._head import add_fused_head, logit_transform
 from fusedpo.reference import METRICS
 from fusedpo.reference import token_logps as reference_token_logps
-from trl_helpers import FAMILIES, VOCABULARY, make_model, one_thread  # noqa: F401  a fixture
+from trl_helpers import (
+    FAMILIES,
+    VOCABULARY,
+    make_model,
+    one_thread,  # noqa: F401  a fixture
+    shard_as_zero3,
+)
 
 pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
@@ -184,33 +189,13 @@ def test_head_in_another_dtype_than_the_hidden_states_is_converted_outside_autoc
 def test_zero3_shards_are_gathered_in_forward_and_again_in_backward(
     family: str, monkeypatch: Any
 ) -> None:
-    # ZeRO-3 leaves a parameter of size 0 outside its gather context; that can be had without
-    # DeepSpeed. What DeepSpeed does with the gradient afterwards cannot, so the gradients are asked
-    # for directly.
     model, inputs = make_model(family), batch()
     parameters = list(model.parameters())
     want = torch.autograd.grad(scored_by_logits(model, inputs).logps.sum(), parameters)
     add_fused_head(model, outputs=("entropy",))
     lm_head = model.get_output_embeddings()
-    full = {p: p.data for p in (lm_head.weight, lm_head.bias) if p is not None}
-    gathered: list[int] = []
-
-    @contextlib.contextmanager
-    def gather(*wanted: Any) -> Any:
-        sharded = [p for p in wanted if p is not None and p.numel() == 0]
-        gathered.append(len(sharded))
-        for p in sharded:
-            p.data = full[p]
-        try:
-            yield
-        finally:
-            for p in sharded:
-                p.data = torch.empty(0)
-
-    monkeypatch.setattr(head_module, "is_deepspeed_zero3_enabled", lambda: True)
-    monkeypatch.setattr(head_module, "maybe_gather_lm_head_ctx", gather)
-    for p in full:
-        p.data = torch.empty(0)
+    full = [p for p in (lm_head.weight, lm_head.bias) if p is not None]
+    gathered = shard_as_zero3(monkeypatch, full)
     out = model(**inputs, fused_lm_head=True)
     assert gathered == [len(full)]
     # A gradient for the entropy, too: it is the one that always needs the weight again.

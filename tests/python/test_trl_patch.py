@@ -1,4 +1,4 @@
-"""patch_trl: each TRL trainer logs the same numbers on fusedpo, and TRL is restored exactly."""
+"""patch_trl: what it replaces, which TRL it accepts, and that TRL is restored exactly."""
 
 from __future__ import annotations
 
@@ -15,30 +15,13 @@ from fusedpo.trl.versions import PATCH, at_least
 if not at_least(1, 15):
     pytest.skip(f"patch_trl needs TRL {PATCH.text}", allow_module_level=True)
 
-import fusedpo._head as head_module
 import trl.trainer.utils as trl_utils
-from datasets import Dataset
 from fusedpo.reference import METRICS
 from fusedpo.trl import UnsupportedTRLError, patch_trl, status, unpatch_trl
-from trl import (
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
+from trl import DPOTrainer
 from trl_helpers import (
-    assert_equal_logs,
-    logged,
-    make_config,
-    make_model,
-    make_pairs,
-    make_tokenizer,
     one_thread,  # noqa: F401  a fixture
+    record_scored_rows,
     train,
 )
 
@@ -56,130 +39,10 @@ def _trl_is_restored() -> Any:
     assert trl_utils._use_triton is TRL_USE_TRITON
 
 
-@pytest.fixture
-def scored_rows(monkeypatch: Any) -> list[int]:
-    """The number of rows of each call of the head that ran on fusedpo."""
-    rows: list[int] = []
-    original = head_module.linear_token_logps
-
-    def spy(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
-        rows.append(labels.numel())
-        return original(hidden, weight, labels, **options)
-
-    monkeypatch.setattr(head_module, "linear_token_logps", spy)
-    return rows
-
-
-def options(folder: Any, **more: Any) -> dict[str, Any]:
-    config = make_config(folder)
-    names = ("bf16", "learning_rate", "max_steps", "per_device_train_batch_size", "logging_steps")
-    names += ("gradient_checkpointing", "use_cpu", "save_strategy", "report_to", "disable_tqdm")
-    return {"output_dir": str(folder)} | {n: getattr(config, n) for n in names} | more
-
-
-def run_dpo(folder: Any) -> Any:
-    return train(DPOTrainer, folder)
-
-
-def run_dpo_wpo(folder: Any) -> Any:
-    # An option that FusedDPOTrainer does not have yet works under the patch; it needs
-    # log_sum_sq_probs.
-    return train(DPOTrainer, folder, use_weighting=True, loss_type=["ipo"])
-
-
-def run_sft(folder: Any) -> Any:
-    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in make_pairs()]
-    trainer = SFTTrainer(
-        make_model(),
-        args=SFTConfig(**options(folder)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-    )
-    trainer.train()
-    return trainer
-
-
-def run_kto(folder: Any) -> Any:
-    rows = [
-        {"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"}
-        for r in make_pairs()
-        for side in ("chosen", "rejected")
-    ]
-    trainer = KTOTrainer(
-        make_model(),
-        ref_model=make_model(),
-        args=KTOConfig(**options(folder)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-    )
-    trainer.train()
-    return trainer
-
-
-def vowels(completions: list[str], **_: Any) -> list[float]:
-    return [float(sum(c in "aeiou" for c in text)) for text in completions]
-
-
-def run_online(trainer_class: Any, config_class: Any, folder: Any, **more: Any) -> Any:
-    make_model().save_pretrained(folder / "model")
-    config = config_class(
-        **options(folder, max_steps=3, num_generations=2, max_completion_length=6, beta=0.1, **more)
-    )
-    trainer = trainer_class(
-        str(folder / "model"),
-        reward_funcs=vowels,
-        args=config,
-        train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in make_pairs()]),
-        processing_class=make_tokenizer(),
-    )
-    trainer.train()
-    return trainer
-
-
-def run_grpo(folder: Any) -> Any:
-    return run_online(GRPOTrainer, GRPOConfig, folder, temperature=0.7)
-
-
-def run_grpo_fp32_head_and_entropy_bonus(folder: Any) -> Any:
-    return run_online(
-        GRPOTrainer, GRPOConfig, folder, cast_lm_head_to_fp32=True, top_entropy_quantile=0.5
-    )
-
-
-def run_rloo(folder: Any) -> Any:
-    return run_online(RLOOTrainer, RLOOConfig, folder)
-
-
-RUNS = [
-    run_dpo,
-    run_dpo_wpo,
-    run_sft,
-    run_kto,
-    run_grpo,
-    run_grpo_fp32_head_and_entropy_bonus,
-    run_rloo,
-]
-
-
-def without_times(entries: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in entry.items() if "time" not in k} for entry in entries]
-
-
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.removeprefix("run_"))
-def test_every_logged_value_is_the_same_with_the_patch(
-    run: Any, tmp_path: Any, scored_rows: list[int]
-) -> None:
-    want = without_times(logged(run(tmp_path)))
-    assert not scored_rows
-    with patch_trl():
-        got = without_times(logged(run(tmp_path)))
-    assert scored_rows
-    assert_equal_logs(got, want)
-
-
 def test_positions_without_a_label_do_not_reach_the_patched_head(
-    tmp_path: Any, scored_rows: list[int]
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scored_rows = record_scored_rows(monkeypatch)
     with patch_trl():
         trainer = train(DPOTrainer, tmp_path, max_steps=1)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
@@ -190,7 +53,10 @@ def test_positions_without_a_label_do_not_reach_the_patched_head(
     assert scored_rows[0] < batch["input_ids"].numel() / 2
 
 
-def test_trainer_built_before_the_patch_follows_it(tmp_path: Any, scored_rows: list[int]) -> None:
+def test_trainer_built_before_the_patch_follows_it(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored_rows = record_scored_rows(monkeypatch)
     trainer = train(DPOTrainer, tmp_path, max_steps=1)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     before = trainer.compute_ref_log_probs(trainer.ref_model, batch)

@@ -224,13 +224,6 @@ def test_compute_ref_log_probs_equals_trl_and_leaves_no_graph(tmp_path: Any) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_lora_on_the_head_is_refused_at_construction(tmp_path: Any) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
-    # TRL refuses it since 1.15; before, its logits had the adapter, which our head has not.
-    with pytest.raises(ValueError, match=r"lm_head|output embeddings"):
-        train(FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False)
-
-
 def test_data_parallel_is_refused_at_construction(tmp_path: Any) -> None:
     args = make_config(tmp_path)
     args._n_gpu = 2  # as with two GPUs and no launcher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,6 +50,99 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def record_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of rows of each call of the head that runs on fusedpo."""
+    rows: list[int] = []
+    import fusedpo._head as head_module
+
+    original = head_module.linear_token_logps
+
+    def spy(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+        rows.append(labels.numel())
+        return original(hidden, weight, labels, **options)
+
+    monkeypatch.setattr(head_module, "linear_token_logps", spy)
+    return rows
+
+
+class PlainLogProbs:
+    """What TRL's function under its fused head computes, in plain torch.
+
+    TRL 1.15 has one in Triton only, so that its trainers run on no CPU: there is nothing to compare
+    with.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Any,
+        weight: Any,
+        bias: Any,
+        targets: Any,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None,
+        logit_scale: float,
+        outputs: Any,
+    ) -> tuple[Any, ...]:
+        z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+        if final_logit_softcapping is not None:
+            z = final_logit_softcapping * torch.tanh(z / final_logit_softcapping)
+        log_probs = (z / temperature).log_softmax(-1)
+        probs = log_probs.exp()
+        found = {
+            "entropy": -(probs * log_probs).sum(-1),
+            "log_sum_sq_probs": probs.square().sum(-1).log().detach(),
+            "mean_logits": (z / temperature).mean(-1).detach(),
+            "is_top1": z.argmax(-1) == targets,
+        }
+        logps = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return logps, *(found[name] if name in outputs else None for name in found)
+
+    @classmethod
+    def apply(cls, *args: Any) -> tuple[Any, ...]:
+        return cls.forward(None, *args)
+
+
+@pytest.fixture
+def trl_has_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let TRL 1.15 run without Triton."""
+    import trl.trainer.utils as trl_utils
+
+    if trl_utils._ChunkedLogProbFunction is None:
+        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", PlainLogProbs)
+
+
+def shard_as_zero3(monkeypatch: Any, parameters: list[Any]) -> list[int]:
+    """Make parameters look sharded by ZeRO-3 to the fused head; the list that is returned gets the
+    number of parameters of each gathering.
+
+    ZeRO-3 leaves a parameter of size 0 outside its gather context; that can be had without
+    DeepSpeed. What DeepSpeed does with the gradient afterwards cannot, so ask for the gradients
+    directly.
+    """
+    full = {p: p.data for p in parameters}
+    gathered: list[int] = []
+
+    @contextlib.contextmanager
+    def gather(*wanted: Any) -> Iterator[None]:
+        sharded = [p for p in wanted if p is not None and p.numel() == 0]
+        gathered.append(len(sharded))
+        for p in sharded:
+            p.data = full[p]
+        try:
+            yield
+        finally:
+            for p in sharded:
+                p.data = torch.empty(0)
+
+    for p in parameters:
+        p.data = torch.empty(0)
+    monkeypatch.setattr("fusedpo._head.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("fusedpo._head.maybe_gather_lm_head_ctx", gather)
+    return gathered
 
 
 def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:

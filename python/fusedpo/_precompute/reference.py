@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusedpo._head import add_fused_head
+from fusedpo._head_adapter import read_head
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -97,15 +98,9 @@ def base_model(model: Any) -> Any:
     )
 
 
-def refuse_adapter_on_head(model: Any) -> None:
-    """The head multiplies with `lm_head.weight` itself: an adapter on it would be left out."""
-    head = base_model(model).get_output_embeddings()
-    adapters = getattr(head, "active_adapters", None)
-    if hasattr(head, "base_layer") and adapters and not head.disable_adapters and not head.merged:
-        raise ValueError(
-            f"the model has an adapter ({', '.join(adapters)}) on its output embeddings, which "
-            "the fused head does not apply. Merge it: model = model.merge_and_unload()."
-        )
+def check_head(model: Any) -> None:
+    """Raise ValueError, by name, where the fused head cannot stand in for the model's own."""
+    read_head(base_model(model).get_output_embeddings())
 
 
 @contextlib.contextmanager

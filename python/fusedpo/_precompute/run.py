@@ -148,7 +148,7 @@ def reference_of(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model that scores, loaded if it is a name, and its identity."""
     from .identity import model_identity
-    from .reference import load_reference, refuse_adapter_on_head
+    from .reference import check_head, load_reference
 
     compute_dtype = autocast_dtype(autocast)
     if isinstance(model, (str, os.PathLike)):
@@ -161,9 +161,10 @@ def reference_of(
         )
     elif ref_adapter is not None:
         raise ValueError("ref_adapter needs a model given by its path or name; pass a PeftModel.")
-    refuse_adapter_on_head(model)
     name = None if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
-    return model, model_identity(model, autocast=name)
+    identity = model_identity(model, autocast=name)
+    check_head(model)
+    return model, identity
 
 
 def require_packages(*, peft: bool) -> None:

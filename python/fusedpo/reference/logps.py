@@ -103,13 +103,56 @@ def linear_token_logps(
         lora,
         logits_budget_bytes,
     )
+    lora_hidden = lora_weight = None
+    if lora is not None:
+        lora_hidden, lora_weight = apply_lora_a(hidden, labels, ignore_index, lora)
+    return score_head(
+        hidden,
+        weight,
+        labels,
+        bias,
+        lora_hidden,
+        lora_weight,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        metrics=metrics,
+    )
+
+
+def apply_lora_a(
+    hidden: Tensor, labels: Tensor, ignore_index: int, lora: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor]:
+    """Return (scale * hidden @ A.T [..., r], B [V, r]).
+
+    Ignored rows are taken as 0: what stands there must not reach A's gradient either.
+    """
+    lora_a, lora_b, lora_scale = lora
+    scored = hidden.masked_fill((labels == ignore_index).unsqueeze(-1), 0)
+    return F.linear(scored, lora_a) * lora_scale, lora_b
+
+
+def score_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    *,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    metrics: Sequence[str],
+) -> TokenLogps:
+    """`linear_token_logps` after its checks; adapters add `lora_hidden @ lora_weight.T`."""
     _check_label_range(labels, weight.shape[0], ignore_index)
     keep = labels != ignore_index
-    x = hidden[keep]
-    z = F.linear(x, weight, bias)
-    if lora is not None:
-        lora_a, lora_b, lora_scale = lora
-        z = z + lora_scale * F.linear(F.linear(x, lora_a), lora_b)
+    z = F.linear(hidden[keep], weight, bias)
+    if lora_hidden is not None and lora_weight is not None:
+        z = z + F.linear(lora_hidden[keep], lora_weight)
     z = _at_least_fp32(z) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

@@ -10,6 +10,7 @@ import importlib
 import inspect
 from typing import Any
 
+from fusedpo._head_adapter import READS_ADAPTERS
 from fusedpo.trl.versions import UnsupportedTRLError, at_least
 
 __all__ = ["check_attributes", "check_bindings"]
@@ -79,6 +80,8 @@ def replaced_names() -> tuple[str, ...]:
         names.append("hash_module")
     if at_least(1, 15):
         names.append("add_fused_lm_head")
+        if READS_ADAPTERS:  # with an older PEFT, TRL's refusal of adapters on the head stays
+            names.append("BaseTunerLayer")
     return tuple(names)
 
 

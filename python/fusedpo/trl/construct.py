@@ -25,6 +25,10 @@ _construction = threading.RLock()
 _POLICY_METRICS = ("entropy", "mean_logits", "is_top1")
 
 
+class _NoLayer:
+    """No module is one."""
+
+
 @contextlib.contextmanager
 def construction(
     model: Any, ref_model: Any, args: Any, store: RefStoreOptions | None
@@ -50,6 +54,8 @@ def construction(
     replacements: dict[str, Any] = {
         "create_model_from_path": create_model_from_path,
         "add_fused_lm_head": lambda model, outputs=(): None,
+        # Where TRL looks for an adapter on the head, to refuse it, it finds none; ours applies it.
+        "BaseTunerLayer": _NoLayer,
     }
     if store is not None and not store.own:  # what TRL names its own cache by
         replacements["hash_module"] = lambda module: None

@@ -66,7 +66,7 @@ class _FusedLogProbs:
 
     def apply(self, *args: Any, **keywords: Any) -> tuple[Tensor | None, ...]:
         given = {**_DEFAULTS, **dict(zip(_PARAMETERS, args, strict=False)), **keywords}
-        hidden, weight = given["hidden"], given["weight"]
+        hidden = given["hidden"]
         if self.original is not None and not _runs_ours(hidden.device.type):
             # Positional: an autograd.Function takes no keywords.
             result: tuple[Tensor | None, ...] = self.original.apply(
@@ -74,11 +74,11 @@ class _FusedLogProbs:
             )
             return result
         from fusedpo._head import score_rows
+        from fusedpo._head_adapter import Head
 
         scored = score_rows(
             hidden,
-            weight,
-            given["bias"],
+            Head(given["weight"], given["bias"]),
             given["targets"],
             temperature=given["temperature"],
             softcap=given["final_logit_softcapping"],

@@ -19,7 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
-from fusedpo._precompute.reference import refuse_adapter_on_head
+from fusedpo._precompute.reference import check_head
 from fusedpo.trl.bindings import check_attributes
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
@@ -56,8 +56,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: a loss that is unknown, an option that is out of range or not followed; the
-            message names it.
+        ValueError: a loss that is unknown, an option that is out of range or not followed, or an
+            adapter on the language-model head that is not LoRA; the message names it.
         UnsupportedTRLError: the installed TRL is too old, or newer and too different.
         fusedpo.StoreError: the store belongs to another reference, or is damaged.
         LookupError: records are missing, and `ref_miss` is "error".
@@ -97,7 +97,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         with construction(model, ref_model, args, store):
             super().__init__(model, ref_model, args, *rest, **keywords)
         check_attributes(self, version)
-        refuse_adapter_on_head(self.model)
+        check_head(self.model)
         if self.args.n_gpu > 1:
             raise ValueError(
                 "FusedDPOTrainer must run on one GPU per process; this one sees "
