@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
+import accelerate
 import fusedpo._head as head_module
 import fusedpo.trl.metrics as metrics_module
 import fusedpo.trl.trainer as trainer_module
 import peft
+import transformers
 import trl.trainer.dpo_trainer as trl_dpo
 from datasets import Dataset
 from fusedpo.trl import FusedDPOTrainer
@@ -26,6 +29,7 @@ from trl_helpers import (
     make_model,
     make_pairs,
     make_tokenizer,
+    make_trainer,
     one_thread,  # noqa: F401  a fixture
     train,
 )
@@ -141,6 +145,40 @@ def test_lora_on_the_head_is_refused_at_construction(tmp_path: Any) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head"):
         train(FusedDPOTrainer, tmp_path, keywords={"peft_config": config}, with_ref_model=False)
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "options", "refused"),
+    [
+        ({"cp_size": 2}, {}, "cp_size must be 1"),
+        ({"sp_size": 2}, {}, "sp_size must be 1"),
+        ({"tp_size": 2}, {"precompute_ref_log_probs": True}, "tp_size must be 1 with ref_store"),
+        ({"tp_size": 2}, {}, None),
+        ({"dp_shard_size": 2}, {"precompute_ref_log_probs": True}, None),
+    ],
+)
+def test_parallelism_that_cuts_sequences_is_refused_by_name(
+    parallelism: dict[str, int],
+    options: dict[str, Any],
+    refused: str | None,
+    tmp_path: Any,
+    monkeypatch: Any,
+) -> None:
+    # Accelerate gets one from its launcher, and takes none on a CPU.
+    config = accelerate.ParallelismConfig(**parallelism)
+    create = transformers.Trainer.create_accelerator_and_postprocess
+
+    def create_with_parallelism(trainer: Any) -> None:
+        create(trainer)
+        kept = property(lambda _: config)
+        monkeypatch.setattr(accelerate.Accelerator, "parallelism_config", kept)
+
+    monkeypatch.setattr(
+        transformers.Trainer, "create_accelerator_and_postprocess", create_with_parallelism
+    )
+    expected = pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext()
+    with expected:
+        make_trainer(FusedDPOTrainer, tmp_path, with_ref_model=not options, max_steps=1, **options)
 
 
 def test_unsupported_trl_is_refused_at_construction(tmp_path: Any, monkeypatch: Any) -> None:

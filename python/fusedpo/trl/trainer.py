@@ -21,6 +21,7 @@ from fusedpo import PairLogps, pair_logps
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
+from fusedpo.trl.parallelism import require_whole_sequences
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
 from fusedpo.trl.versions import require_supported
 
@@ -51,7 +52,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             another reference, or scored in another way; `"ignore"` uses its values, with a warning.
 
     Raises:
-        ValueError: a loss that is unknown or an option out of range; the message names it.
+        ValueError: a loss that is unknown, an option out of range, or sequences that are split over
+            processes; the message names it.
         UnsupportedTRLError: the installed TRL is outside the supported range.
         fusedpo.StoreError: the store belongs to another reference, or is damaged.
         LookupError: records are missing, and `ref_miss` is "error".
@@ -88,6 +90,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._stored_reference = None
         with construction(args, store):
             super().__init__(model, ref_model, args, *rest, **keywords)
+        require_whole_sequences(self.accelerator, stored_reference=store is not None)
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
             self.precompute_ref_logps = False
