@@ -21,7 +21,7 @@ from trl_helpers import make_trainer
 
 LOSS_AND_METRICS = 1e-5  # relative
 GRADIENTS = 1e-4  # of the largest entry of a parameter's gradient
-# A gradient whose true value is 0 (a key's bias, an unused expert) is rounding errors of the others.
+# A gradient that is 0 but for rounding (of a key's bias) has the size of the others' errors.
 NEGLIGIBLE = 1e-3
 METRICS = {
     "entropy",
@@ -137,7 +137,7 @@ def shadow(
 
 
 def _assert_telling(trainer: Any, run: Run) -> None:
-    """The comparison can fail: policy and reference differ, the vocabulary is no toy, softcap acts."""
+    """The comparison can fail: the policy is not the reference, V is no toy, softcap acts."""
     ratios = torch.cat([r.flatten() for call in run.calls for r in call.rewards]) / trainer.beta
     # A few of many random ones come close to 0.
     assert (ratios.abs() > 0.1).float().mean() > 0.8, f"policy and reference are close: {ratios}"

@@ -148,7 +148,11 @@ WAYS: dict[str, Any] = {
         **lora_setup(),
     },
     # Graphs are captured, not compiled: that takes long, and test_compile does it.
-    "torch.compile": lambda: {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1},
+    "torch.compile": lambda: {
+        "torch_compile": True,
+        "torch_compile_backend": "eager",
+        "max_steps": 1,
+    },
     "synchronised reference": lambda: {"sync_ref_model": True, "ref_model_sync_steps": 1},
     "precompute": lambda: {"precompute_ref_log_probs": True, "with_ref_model": False},
     "precompute with LoRA": lambda: {
@@ -178,7 +182,7 @@ WAYS: dict[str, Any] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_way_to_train_gives_what_trl_gives(way: str, tmp_path: Any) -> None:
     noise = 0.3 if "LoRA" in way else 0.1
-    trainer, run = shadow(tmp_path, WAYS[way], noise=noise)
+    _, run = shadow(tmp_path, WAYS[way], noise=noise)
     modes = [call.mode for call in run.calls]
     assert ("eval" in modes) == (way == "evaluation")
     assert len(run.calls) > len(run.gradients) or way not in ("accumulation", "evaluation")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
-Image = pytest.importorskip("PIL.Image", reason="a processor of pictures needs Pillow")
+pytest.importorskip("PIL", reason="a processor of pictures needs Pillow")
 
 import transformers
+from PIL import Image
 from shadow_cases import shadow
 from trl_helpers import (
     VOCABULARY,
