@@ -80,6 +80,11 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
                 "labels must be given with fused_lm_head=True; got None. "
                 "Pass input_ids with -100 on prompts."
             )
+        if kwargs.get("shift_labels") is not None:
+            raise ValueError(
+                "shift_labels must be None with fused_lm_head=True, which shifts labels itself: it "
+                "scores whole sequences, not the parts of context or sequence parallelism."
+            )
         kwargs["use_cache"] = False
         if getattr(text_config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)

@@ -133,6 +133,13 @@ def test_missing_labels_are_an_error_that_says_what_to_pass() -> None:
         model(**inputs, fused_lm_head=True)
 
 
+def test_shifted_labels_are_refused_not_dropped() -> None:
+    model, inputs = make_model(), batch()
+    add_fused_head(model)
+    with pytest.raises(ValueError, match="shift_labels must be None"):
+        model(**inputs, shift_labels=inputs["labels"], fused_lm_head=True)
+
+
 def test_mixture_of_experts_aux_loss_equals_the_models_own() -> None:
     model, inputs = make_model("mixtral").eval(), batch()
     want = model(**inputs, output_router_logits=True).aux_loss

@@ -1,7 +1,8 @@
-"""FusedDPOTrainer against DPOTrainer: every logged value of every step, in many setups."""
+"""FusedDPOTrainer: what it logs, evaluates, refuses and calls, against DPOTrainer."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
+import accelerate
 import fusedpo._head as head_module
 import fusedpo.trl.metrics as metrics_module
 import fusedpo.trl.trainer as trainer_module
 import peft
+import transformers
 import trl.trainer.dpo_trainer as trl_dpo
 from datasets import Dataset
 from fusedpo.trl import FusedDPOTrainer
@@ -23,12 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOTrainer
 from trl_helpers import (
     assert_equal_logs,
-    conversational,
     logged,
     make_config,
     make_model,
     make_pairs,
     make_tokenizer,
+    make_trainer,
     one_thread,  # noqa: F401  a fixture
     train,
 )
@@ -50,81 +53,25 @@ DPO_METRICS = {
 }
 
 
-def lora(**options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
-
-
-def lora_model() -> Any:
-    # Trained a little: with the initial zeros in B, adapter and base model could not be told apart.
-    torch.manual_seed(3)
-    model = peft.get_peft_model(make_model(), lora())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
+# What a trainer logs: averages over micro-batches, and what an evaluation adds. How each step is
+# computed, in many more setups, is compared in test_trl_shadow.
 SETUPS: dict[str, Any] = {
-    "full fine-tuning": dict,
-    "conversational data": lambda: {"rows": conversational(make_pairs())},
-    "uneven batches": lambda: {"rows": make_pairs(10), "eval_rows": make_pairs(6, seed=1)},
-    "LoRA": lambda: {"keywords": {"peft_config": lora()}, "with_ref_model": False},
-    "LoRA under a tied head": lambda: {
-        "family": "llama tied",
-        "keywords": {"peft_config": lora()},
-        "with_ref_model": False,
+    "full fine-tuning": {},
+    "logging every other step": {"logging_steps": 2},
+    "uneven batches": {
+        "rows": make_pairs(10),
+        "eval_rows": make_pairs(6, seed=1),
+        "eval_strategy": "epoch",
     },
-    "LoRA trained before, with a ref adapter": lambda: {
-        "model": lora_model(),
-        "with_ref_model": False,
-    },
-    "prompt tuning": lambda: {
-        "keywords": {
-            "peft_config": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-        },
-        "with_ref_model": False,
-    },
-    "precompute": lambda: {"precompute_ref_log_probs": True, "with_ref_model": False},
-    "precompute with LoRA": lambda: {
-        "precompute_ref_log_probs": True,
-        "precompute_ref_batch_size": 3,
-        "keywords": {"peft_config": lora()},
-        "with_ref_model": False,
-    },
-    "gradient accumulation": lambda: {
-        "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 2,
-    },
-    "evaluation": lambda: {
-        "eval_rows": make_pairs(8, seed=1),
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-    },
-    "gradient checkpointing": lambda: {"gradient_checkpointing": True},
-    "reentrant checkpointing with LoRA": lambda: {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-        "keywords": {"peft_config": lora()},
-        "with_ref_model": False,
-    },
-    "synchronised reference": lambda: {"sync_ref_model": True, "ref_model_sync_steps": 2},
-    "truncation": lambda: {"max_length": 9},
-    "mixture of experts": lambda: {"family": "mixtral"},
-    "mixture of experts with a router loss": lambda: {
-        "family": "mixtral",
-        "router_aux_loss_coef": 0.5,
-    },
-    "softcap": lambda: {"family": "gemma2 softcap"},
-    "head with bias": lambda: {"family": "phi head with bias"},
+    "gradient accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "mixture of experts": {"family": "mixtral", "router_aux_loss_coef": 0.5},
 }
 
 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_every_logged_value_equals_trl(setup: str, tmp_path: Any) -> None:
-    if setup == "prompt tuning" and not at_least(1, 15):
-        pytest.skip("TRL before 1.15 fails on virtual tokens; FusedDPOTrainer is tested below")
-    theirs = logged(train(DPOTrainer, tmp_path / "trl", **SETUPS[setup]()))
-    ours = logged(train(FusedDPOTrainer, tmp_path / "fusedpo", **SETUPS[setup]()))
+    theirs = logged(train(DPOTrainer, tmp_path / "trl", **SETUPS[setup]))
+    ours = logged(train(FusedDPOTrainer, tmp_path / "fusedpo", **SETUPS[setup]))
     assert theirs[0].keys() >= DPO_METRICS | {"loss", "grad_norm"}
     assert_equal_logs(ours, theirs)
     losses = [entry["loss"] for entry in theirs if "loss" in entry]
@@ -132,7 +79,14 @@ def test_every_logged_value_equals_trl(setup: str, tmp_path: Any) -> None:
 
 
 def test_virtual_tokens_are_scored_and_left_out_on_every_trl(tmp_path: Any) -> None:
-    trainer = train(FusedDPOTrainer, tmp_path, max_steps=2, **SETUPS["prompt tuning"]())
+    tuning = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    trainer = train(
+        FusedDPOTrainer,
+        tmp_path,
+        keywords={"peft_config": tuning},
+        with_ref_model=False,
+        max_steps=2,
+    )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     ids, completion = batch["input_ids"], batch["completion_mask"]
     with torch.no_grad():
@@ -198,20 +152,6 @@ def test_compute_metrics_gets_the_same_logits_as_from_trl(tmp_path: Any) -> None
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_bf16_autocast_over_fp32_weights_trains_as_trl_does(tmp_path: Any) -> None:
-    # TRL's default. Rounding to bf16 happens at other places, so only bf16's own precision is
-    # asked.
-    options: dict[str, Any] = {"bf16": True, "max_steps": 3, "learning_rate": 1e-3}
-    theirs = logged(train(DPOTrainer, tmp_path, **options))
-    ours = logged(train(FusedDPOTrainer, tmp_path, **options))
-    for mine, other in zip(ours[:-1], theirs[:-1], strict=True):
-        assert mine.keys() == other.keys()
-        assert mine["loss"] == pytest.approx(other["loss"], abs=5e-3)
-        assert mine["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=5e-3)
-        assert mine["entropy"] == pytest.approx(other["entropy"], rel=5e-3)
-        assert mine["rewards/margins"] == pytest.approx(other["rewards/margins"], abs=5e-2)
-
-
 def test_compute_ref_log_probs_equals_trl_and_leaves_no_graph(tmp_path: Any) -> None:
     results = []
     for trainer_class in (DPOTrainer, FusedDPOTrainer):
@@ -235,6 +175,40 @@ def test_data_parallel_is_refused_at_construction(tmp_path: Any) -> None:
             processing_class=make_tokenizer(),
             ref_model=make_model(),
         )
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "options", "refused"),
+    [
+        ({"cp_size": 2}, {}, "cp_size must be 1"),
+        ({"sp_size": 2}, {}, "sp_size must be 1"),
+        ({"tp_size": 2}, {"precompute_ref_log_probs": True}, "tp_size must be 1 with ref_store"),
+        ({"tp_size": 2}, {}, None),
+        ({"dp_shard_size": 2}, {"precompute_ref_log_probs": True}, None),
+    ],
+)
+def test_parallelism_that_cuts_sequences_is_refused_by_name(
+    parallelism: dict[str, int],
+    options: dict[str, Any],
+    refused: str | None,
+    tmp_path: Any,
+    monkeypatch: Any,
+) -> None:
+    # Accelerate gets one from its launcher, and takes none on a CPU.
+    config = accelerate.ParallelismConfig(**parallelism)
+    create = transformers.Trainer.create_accelerator_and_postprocess
+
+    def create_with_parallelism(trainer: Any) -> None:
+        create(trainer)
+        kept = property(lambda _: config)
+        monkeypatch.setattr(accelerate.Accelerator, "parallelism_config", kept)
+
+    monkeypatch.setattr(
+        transformers.Trainer, "create_accelerator_and_postprocess", create_with_parallelism
+    )
+    expected = pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext()
+    with expected:
+        make_trainer(FusedDPOTrainer, tmp_path, with_ref_model=not options, max_steps=1, **options)
 
 
 def test_trls_names_are_back_after_construction_even_when_it_fails(tmp_path: Any) -> None:

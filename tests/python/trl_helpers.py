@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig
 
-VOCABULARY = 96
+VOCABULARY = 1024
+_USED = 32  # as many ids as make_tokenizer has words
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -34,12 +35,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8, "num_key_value_heads": 2}),
+    "qwen3 tied": ("Qwen3", {"head_dim": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
     "gemma2 softcap": ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
     "cohere logit_scale": ("Cohere", {"logit_scale": 0.25}),
     "granite logits_scaling": ("Granite", {"logits_scaling": 4.0}),
     "gpt2": ("GPT2", {}),
     "phi head with bias": ("Phi", {"num_key_value_heads": 2}),
+    "falcon_h1 lm_head_multiplier": (
+        "FalconH1",
+        {
+            "lm_head_multiplier": 0.5,
+            "head_dim": 8,
+            "mamba_d_ssm": 16,
+            "mamba_n_heads": 2,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8},
+    ),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
 }
 
 
@@ -161,9 +183,13 @@ def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:
     config.initializer_range = std
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    bias = model.get_output_embeddings().bias
-    if bias is not None:
-        torch.nn.init.normal_(bias)
+    head = model.get_output_embeddings()
+    # Probabilities far from uniform, and highest for words that the data has: else no prediction
+    # would be right.
+    head.weight.data *= 4
+    head.weight.data[_USED:] *= 0.3
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias[:_USED])
     return model
 
 
@@ -230,7 +256,7 @@ def make_config(folder: Any, **options: Any) -> DPOConfig:
     return DPOConfig(**{**defaults, **options})
 
 
-def train(
+def make_trainer(
     trainer_class: Callable[..., Any],
     folder: Any,
     *,
@@ -242,21 +268,27 @@ def train(
     with_ref_model: bool = True,
     **options: Any,
 ) -> Any:
-    """Train a fresh tiny model and return the trainer."""
+    """Return a trainer of a fresh tiny model; `options` go to DPOConfig, `keywords` to the
+    trainer."""
     keywords = dict(keywords or {})
     if with_ref_model:
         keywords["ref_model"] = make_model(family)
+    keywords.setdefault("processing_class", make_tokenizer())
     model = make_model(family) if model is None else model
     # TRL before 1.15 does not, and makes another adapter each time.
     transformers.set_seed(0)
-    trainer = trainer_class(
+    return trainer_class(
         model,
         args=make_config(folder, **options),
         train_dataset=Dataset.from_list(make_pairs() if rows is None else rows),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
-        processing_class=make_tokenizer(),
         **keywords,
     )
+
+
+def train(trainer_class: Callable[..., Any], folder: Any, **arguments: Any) -> Any:
+    """As `make_trainer`, and train."""
+    trainer = make_trainer(trainer_class, folder, **arguments)
     trainer.train()
     return trainer
 

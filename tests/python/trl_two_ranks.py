@@ -1,25 +1,36 @@
-"""What test_trl_distributed runs on each of two gloo ranks; arguments: ddp, store or fsdp2, a
-folder."""
+"""What test_trl_distributed runs on each of two gloo ranks.
+
+Arguments: a folder, and the names of the checks. Of each check that has passed there is a name.json
+then.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from fusedpo import RefStore
+from fusedpo._head import add_fused_head
+from fusedpo.trl import FusedDPOTrainer
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import DPOTrainer
+from trl_curves import CURVES, STEPS, Curve, curve, curve_trainer, trained, whole
+from trl_helpers import logged, make_model, make_pairs, make_trainer, train
 
-torch.set_num_threads(1)
 
-
-def ddp(folder: pathlib.Path) -> None:
-    """Train with both trainers under DDP, write what rank 0 logs, compare parameters over ranks."""
-    from fusedpo.trl import FusedDPOTrainer
-    from trl import DPOTrainer
-    from trl_helpers import logged, make_pairs, train
-
+def ddp_logs(folder: pathlib.Path) -> Any:
+    """What both trainers log under DDP."""
     logs = {}
     for trainer_class in (DPOTrainer, FusedDPOTrainer):
         trainer = train(
@@ -35,21 +46,12 @@ def ddp(folder: pathlib.Path) -> None:
             ddp_find_unused_parameters=False,
         )
         logs[trainer_class.__name__] = logged(trainer)
-        for parameter in trainer.model.parameters():
-            others = [torch.empty_like(parameter.data) for _ in range(2)]
-            dist.all_gather(others, parameter.data)
-            assert torch.equal(others[0], others[1]), "ranks hold different parameters"
-    if dist.get_rank() == 0:
-        (folder / "logs.json").write_text(json.dumps(logs), encoding="utf-8")
+    return logs
 
 
-def store(folder: pathlib.Path) -> None:
-    """Train under DDP without and with a store, twice; write what rank 0 logs."""
-    from fusedpo import RefStore
-    from fusedpo.trl import FusedDPOTrainer
-    from trl_helpers import logged, make_pairs, train
-
-    logs = {}
+def store(folder: pathlib.Path) -> Any:
+    """What is logged under DDP without and with a store, twice."""
+    logs: dict[str, Any] = {}
     for name in ("online", "first", "second"):
         trainer = train(
             FusedDPOTrainer,
@@ -64,45 +66,217 @@ def store(folder: pathlib.Path) -> None:
             keywords={} if name == "online" else {"ref_store": folder / "refs"},
         )
         logs[name] = logged(trainer)
+    logs["records in logs"] = [file.records for file in RefStore(folder / "refs").files()]
+    logs["records"] = len(RefStore(folder / "refs"))
+    return logs
+
+
+def ddp(folder: pathlib.Path) -> Any:
+    """Train as `CURVES` says; both ranks must end with equal gradients and parameters."""
+    for name in CURVES:
+        _save(curve(FusedDPOTrainer, folder, name, pairs_per_rank=2), folder, name)
+    return list(CURVES)
+
+
+def _save(result: Curve, folder: pathlib.Path, name: str) -> None:
+    for what, tensor in (result.gradients | result.parameters).items():
+        others = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(others, tensor.contiguous())
+        assert torch.equal(others[0], others[1]), f"{name}: ranks differ in {what}"
     if dist.get_rank() == 0:
-        files = RefStore(folder / "refs").files()
-        logs["records in logs"] = [file.records for file in files]
-        logs["records"] = len(RefStore(folder / "refs"))
-        (folder / "logs.json").write_text(json.dumps(logs), encoding="utf-8")
+        torch.save(result, folder / f"{name}.pt")
 
 
-def fsdp2(folder: pathlib.Path) -> None:
-    """The gradient of a head that is an FSDP2 unit of its own is the mean over ranks."""
-    from fusedpo._head import add_fused_head
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-    from trl_helpers import make_model
+def resume(folder: pathlib.Path) -> Any:
+    """The logs of four steps, and of a run that goes on from the checkpoint after the second."""
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "ddp_find_unused_parameters": False,
+    }
+    straight = train(FusedDPOTrainer, folder / "run", **options)
+    resumed = make_trainer(FusedDPOTrainer, folder / "run", **options)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    return {"straight": logged(straight), "resumed": logged(resumed)}
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
 
-    def gradient(model: Any, seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(5, 90, (2, 9), generator=generator)
-        model.zero_grad()
-        out = model(ids, labels=ids, fused_lm_head=True)
-        out.log_probs.sum().backward()
-        grad = model.get_output_embeddings().weight.grad
-        return grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+# ---- FSDP2, which accelerate does not enable on a CPU: fully_shard by hand ----------------------
 
-    plain = make_model()
-    add_fused_head(plain)
-    want = (gradient(plain, 0) + gradient(plain, 1)) / 2
-    model = make_model()
-    add_fused_head(model)
-    fully_shard(model.get_output_embeddings())
+
+def _root_alone(model: Any) -> None:
     fully_shard(model)
-    got = gradient(model, rank)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-    if rank == 0:
-        (folder / "logs.json").write_text("{}", encoding="utf-8")
+
+
+def _layers_and_root(model: Any) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model, reshard_after_forward=True)
+
+
+def _head_alone(model: Any) -> None:
+    fully_shard(model.lm_head)
+    fully_shard(model)
+
+
+def _as_accelerate_does(model: Any) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    tail = [model.model.norm, model.lm_head]
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        tail.insert(1, model.model.embed_tokens)
+    else:
+        fully_shard(model.model.embed_tokens)
+    fully_shard(tail, reshard_after_forward=False)
+    fully_shard(model)
+
+
+SHARDINGS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "root": ("llama", _root_alone),
+    "layers": ("llama", _layers_and_root),
+    "head": ("llama", _head_alone),
+    "accelerate": ("llama", _as_accelerate_does),
+    "root, tied": ("llama tied", _root_alone),
+    "accelerate, tied": ("llama tied", _as_accelerate_does),
+    "head with bias": ("phi head with bias", _head_alone),
+}
+
+
+def fsdp2(folder: pathlib.Path) -> Any:
+    """Gradients and parameters of each sharding equal those of whole batches in one process."""
+    for name, (family, shard) in SHARDINGS.items():
+        for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+            single = make_trainer(FusedDPOTrainer, folder, **_policy(family))
+            sharded = make_trainer(FusedDPOTrainer, folder, **_policy(family))
+            shard(sharded.model)
+            want = _steps(single, optimizer, range(4))
+            mine = range(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+            got = _steps(sharded, optimizer, mine)
+            got.assert_equal(want, f"{name}, {optimizer.__name__}")
+    return list(SHARDINGS)
+
+
+def _policy(family: str) -> dict[str, Any]:
+    return {"family": family, "model": make_model(family, seed=1)}
+
+
+def _steps(trainer: Any, optimizer_class: Any, rows: range) -> Curve:
+    """Train on `rows` of every four pairs."""
+    options = {"lr": 0.5} if optimizer_class is torch.optim.SGD else {"lr": 1e-2, "eps": 1e-4}
+    optimizer = optimizer_class(trainer.model.parameters(), **options)
+    start = {name: whole(p) for name, p in trained(trainer.model).items()}
+    gradients: dict[str, Tensor] = {}
+    trainer.model.train()
+    for step in range(STEPS):
+        batch = trainer.data_collator([trainer.train_dataset[4 * step + i] for i in rows])
+        optimizer.zero_grad()
+        trainer._compute_loss(trainer.model, batch, return_outputs=False).backward()
+        if step == 0:
+            gradients = {name: whole(p.grad) for name, p in trained(trainer.model).items()}
+        optimizer.step()
+    end = {name: whole(p) for name, p in trained(trainer.model).items()}
+    return Curve(start, gradients, end, [])
+
+
+# ---- DeepSpeed, in an environment that has it ---------------------------------------------------
+
+
+def zero2(folder: pathlib.Path) -> Any:
+    return _zero(folder, {"stage": 2})
+
+
+def zero3(folder: pathlib.Path) -> Any:
+    # Without the threshold, parameters as small as these would not be sharded.
+    return _zero(folder, {"stage": 3, "stage3_param_persistence_threshold": 0})
+
+
+def _zero(folder: pathlib.Path, optimization: dict[str, Any]) -> Any:
+    """As `ddp`, under ZeRO."""
+    import deepspeed
+
+    config = {
+        "zero_optimization": optimization,
+        "zero_allow_untested_optimizer": True,  # torch's SGD
+        "gradient_clipping": 0.0,  # 1 if it is not named
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    for name in CURVES:
+        # Else transformers would already shard the model while make_model gives it its weights.
+        unset_hf_deepspeed_config()
+        trainer = curve_trainer(
+            FusedDPOTrainer, folder, name, pairs_per_rank=2, deepspeed=copy.deepcopy(config)
+        )
+        first = _FirstGradientsOfEngine(trainer)
+        trainer.train()
+        parameters = trained(trainer.model)
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            end = {n: whole(p) for n, p in parameters.items()}
+        _save(Curve({}, first.gradients, end, logged(trainer)), folder, name)
+    return list(CURVES)
+
+
+class _FirstGradientsOfEngine(TrainerCallback):  # type: ignore[misc]
+    """Accelerate lets DeepSpeed's engine step in `backward`: gradients exist in between only."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.gradients = trainer, {}
+        trainer.add_callback(self)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        engine = self.trainer.model_wrapped
+        step = engine.step
+
+        def noted(*args: Any, **keywords: Any) -> Any:
+            if not self.gradients:
+                self.gradients = {
+                    n: whole(safe_get_full_grad(p)) for n, p in trained(self.trainer.model).items()
+                }
+            return step(*args, **keywords)
+
+        engine.step = noted
+
+
+# ---- tensor parallelism -------------------------------------------------------------------------
+
+
+def tensor_parallel(folder: pathlib.Path) -> Any:
+    """The head of a model that transformers has split over ranks gives the whole gradients."""
+    families = ("qwen3", "qwen3 tied")
+    for family in families:
+        if dist.get_rank() == 0:
+            make_model(family).save_pretrained(folder / family)
+        dist.barrier()
+        split = AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto")
+        assert isinstance(split.lm_head.weight, DTensor)
+        outputs, models = [], (split, make_model(family))
+        for model in models:
+            add_fused_head(model)
+            ids = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+            output = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+            output.sum().backward()
+            outputs.append(output)
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+        wanted = {name: p.grad for name, p in trained(models[1]).items()}
+        for name, parameter in trained(split).items():
+            got, want = whole(parameter.grad), wanted[name]
+            assert (got - want).abs().max() <= 1e-4 * want.abs().max(), f"{family}: {name}"
+    return families
 
 
 if __name__ == "__main__":
-    {"ddp": ddp, "store": store, "fsdp2": fsdp2}[sys.argv[1]](pathlib.Path(sys.argv[2]))
+    torch.set_num_threads(1)
+    directory = pathlib.Path(sys.argv[1])
+    PartialState(cpu=True)
+    assert dist.get_world_size() == 2
+    for check in sys.argv[2:]:
+        folder_of_check = directory / check
+        result_of_check = globals()[check](folder_of_check)
+        if dist.get_rank() == 0:
+            text = json.dumps(result_of_check)
+            (directory / f"{check}.json").write_text(text, encoding="utf-8")
     dist.destroy_process_group()

@@ -24,6 +24,7 @@ from fusedpo.trl.bindings import check_attributes
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
+from fusedpo.trl.parallelism import require_whole_sequences
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
 from fusedpo.trl.refusals import refuse_arguments, refuse_options
 from fusedpo.trl.versions import TRAINER
@@ -56,8 +57,9 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: a loss that is unknown, an option that is out of range or not followed, or an
-            adapter on the language-model head that is not LoRA; the message names it.
+        ValueError: a loss that is unknown, an option that is out of range or not followed, an
+            adapter on the language-model head that is not LoRA, or sequences that are split over
+            processes; the message names it.
         UnsupportedTRLError: the installed TRL is too old, or newer and too different.
         fusedpo.StoreError: the store belongs to another reference, or is damaged.
         LookupError: records are missing, and `ref_miss` is "error".
@@ -104,6 +106,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 f"{self.args.n_gpu}, over which transformers would use nn.DataParallel. Start it "
                 "by accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        require_whole_sequences(self.accelerator, stored_reference=store is not None)
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
             self.precompute_ref_logps = False
