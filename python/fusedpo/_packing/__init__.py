@@ -1,0 +1,6 @@
+"""Packed batches in which each prompt is computed once.
+
+layout.py arranges prompts and completions in one row without padding, attention.py keeps the
+completions apart, architectures.py knows for which models the result is that of padded rows.
+Nothing here imports fusedpo.trl or fusedpo._precompute, which both use it.
+"""
