@@ -1,8 +1,8 @@
 """The fused head on `model.forward`: log-probs of the completion tokens instead of logits.
 
 `model(..., labels=labels, fused_lm_head=True)` runs the backbone and scores only the positions that
-have a label; the logits of the batch never exist. `model(packed=packed, fused_lm_head=True)` does so
-for one row without padding in which each prompt stands once (fusedpo._packing). It has to be the
+have a label; the logits of the batch never exist. `model(packed=packed, fused_lm_head=True)` does
+so for one row without padding in which each prompt stands once (fusedpo._packing). It has to be the
 model's own forward, not a function beside it: DDP, FSDP, DeepSpeed and accelerate's autocast hang
 their hooks there. Without `fused_lm_head` nothing changes.
 """
@@ -77,7 +77,9 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
             if labels is not None:
                 kwargs["labels"] = labels
             return original_forward(*args, **kwargs)
-        if labels is None and packed is None:
+        if packed is not None:
+            labels = packed.labels
+        if labels is None:
             raise ValueError(
                 "labels must be given with fused_lm_head=True; got None. "
                 "Pass input_ids with -100 on prompts."
@@ -88,12 +90,13 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
         # The backbone and the head are looked up at each call: PEFT and FSDP replace modules after
         # this wrapping.
         backbone = _backbone(self, text_config)
-        if packed is None:
+        if packed is not None:
+            layers = text_config.num_hidden_layers
+            states, hidden = packed_states(backbone, packed, layers, **kwargs)
+            targets = packed.labels
+        else:
             states = backbone(*args, **kwargs)
             hidden, targets = states.last_hidden_state[:, :-1], labels[:, 1:]
-        else:
-            states, hidden = packed_states(backbone, packed, **kwargs)
-            targets = packed.labels
         lm_head = self.get_output_embeddings()
         device = lm_head.weight.device  # with device_map the backbone may end on another device
         scored = score_rows(

@@ -133,7 +133,7 @@ def _problems(
     The row is split, not sliced: the gradient of a split is one concatenation, that of each slice a
     row of zeros.
     """
-    queries, keys, values = (iter(t.split(table.pieces, dim=2)) for t in (query, key, value))
+    queries, keys, values = (iter(torch.split(t, table.pieces, 2)) for t in (query, key, value))
     for _, prompt, (_, *others) in table.segments:
         first_key, first_value = next(keys), next(values)
         yield next(queries), first_key, first_value
@@ -208,7 +208,7 @@ def _own_eager_function(module: Any) -> Any:
 
 
 # torch.compile would compile it anew for every batch: the segments are Python numbers.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _packed(*arguments: Any, packed_table: SegmentTable, **keywords: Any) -> Any:
     module, query, key, value, _ = arguments  # the mask is a placeholder
     return packed_attention(module, query, key, value, packed_table, **keywords)

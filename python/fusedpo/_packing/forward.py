@@ -12,9 +12,11 @@ from .attention import SegmentTable, packed_arguments
 from .layout import Packed
 
 
-def packed_states(backbone: Any, packed: Packed, **keywords: Any) -> tuple[Any, Tensor]:
-    """Run a backbone on a packed row; return its output, and the hidden states [S, H] that score
-    the S tokens.
+def packed_states(
+    backbone: Any, packed: Packed, layers: int, **keywords: Any
+) -> tuple[Any, Tensor]:
+    """Run a backbone of so many layers on a packed row; return its output, and the hidden states
+    [S, H] that score the S tokens.
 
     Raises:
         RuntimeError: a layer did not hand the layout to its attention, so that completions have
@@ -28,7 +30,7 @@ def packed_states(backbone: Any, packed: Packed, **keywords: Any) -> tuple[Any, 
         **packed_arguments(table, ids.device),
         **keywords,
     )
-    _check_received(table, backbone)
+    _check_received(table, backbone, layers)
     hidden = states.last_hidden_state
     # A prompt's last state is taken once for each completion. Backward adds what comes back for it;
     # of two addends the order does not matter.
@@ -36,14 +38,13 @@ def packed_states(backbone: Any, packed: Packed, **keywords: Any) -> tuple[Any, 
 
 
 # torch.compile must not look into either: it would compile anew for every layout.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def segment_table(packed: Packed) -> SegmentTable:
     return SegmentTable(packed.segments)
 
 
-@torch.compiler.disable
-def _check_received(table: SegmentTable, backbone: Any) -> None:
-    layers = backbone.config.get_text_config().num_hidden_layers
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check_received(table: SegmentTable, backbone: Any, layers: int) -> None:
     if table.calls < layers:
         raise RuntimeError(
             f"{table.calls} of {layers} layers of {type(backbone).__name__} received the layout of "

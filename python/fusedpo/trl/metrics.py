@@ -78,14 +78,14 @@ def step_metrics(
         "rewards/margins": total(result.margins),
         "logps/chosen": total(policy.chosen.detach()),
         "logps/rejected": total(policy.rejected.detach()),
-        "pairs": torch.full((), pairs, dtype=dtype, device=device),
-        "tokens/computed": torch.full((), tokens[0], dtype=dtype, device=device),
-        "tokens/padded": torch.full((), tokens[1], dtype=dtype, device=device),
     }
+    counts = {"pairs": pairs, "tokens/computed": tokens[0], "tokens/padded": tokens[1]}
+    pair_values = torch.stack(list(pair_sums.values()))
+    count_values = torch.tensor(list(counts.values()), dtype=dtype, device=device)
     token_rows = accelerator.gather_for_metrics(torch.stack(list(token_sums.values())).unsqueeze(0))
-    pair_rows = accelerator.gather(torch.stack(list(pair_sums.values())).unsqueeze(0))
+    pair_rows = accelerator.gather(torch.cat([pair_values, count_values]).unsqueeze(0))
     numbers = torch.cat([token_rows.sum(dim=0), pair_rows.sum(dim=0)]).tolist()  # the only transfer
-    sums = dict(zip([*token_sums, *pair_sums], numbers, strict=True))
+    sums = dict(zip([*token_sums, *pair_sums, *counts], numbers, strict=True))
 
     chosen_tokens, rejected_tokens = sums["chosen_tokens"], sums["rejected_tokens"]
     metrics = {
@@ -96,7 +96,7 @@ def step_metrics(
     }
     if aux_loss is not None:
         metrics["aux_loss"] = sums["aux_loss"] / sums["ranks"]
-    for name in list(pair_sums)[: list(pair_sums).index("pairs")]:
+    for name in pair_sums:
         metrics[name] = sums[name] / sums["pairs"]
     for name in ("tokens/computed", "tokens/padded"):
         metrics[name] = sums[name]

@@ -189,8 +189,8 @@ class SharedPrompts:
     def _give_up(self, reason: str) -> None:
         if self._mode is True:
             raise ValueError(
-                f"share_prompts=True must have a model and batches for which it is exact. {reason}. "
-                "Pass share_prompts='auto' or False to train on padded batches."
+                "share_prompts=True must have a model and batches for which it is exact; "
+                f"{reason}. Pass share_prompts='auto' or False to train on padded batches."
             )
         self.active = False
         self._trainer.accelerator.print(
