@@ -13,12 +13,9 @@ import peft
 import transformers
 from fusedpo._head import add_fused_head
 from fusedpo._packing.architectures import EXACT_MODEL_TYPES, active_dropout, why_not_exact
-from fusedpo._packing.attention import (
-    former_implementation,
-    takes_packed_rows,
-    use_packed_attention,
-)
+from fusedpo._packing.attention import use_packed_attention
 from fusedpo._packing.layout import pack
+from fusedpo._packing.names import former_implementation, takes_packed_rows
 from packing_helpers import (
     VOCABULARY,
     backward,

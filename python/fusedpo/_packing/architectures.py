@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .attention import IMPLEMENTATIONS, former_implementation
+from .names import NAMES, former_implementation
 
 EXACT_MODEL_TYPES = frozenset(
     {
@@ -55,6 +55,15 @@ EXACT_MODEL_TYPES = frozenset(
 EXACT_ADAPTERS = frozenset({"IA3", "LOHA", "LOKR", "LORA", "OFT", "VERA"})
 
 
+MODES = ("auto", True, False)
+
+
+def check_mode(share_prompts: Any) -> None:
+    """Raise ValueError unless `share_prompts` is "auto", True or False."""
+    if not any(share_prompts is mode or share_prompts == mode == "auto" for mode in MODES):
+        raise ValueError(f"share_prompts must be 'auto', True or False; got {share_prompts!r}.")
+
+
 def why_not_exact(model: Any) -> str | None:
     """Return why `model` cannot take packed rows, or None where it can.
 
@@ -81,8 +90,8 @@ def why_not_exact(model: Any) -> str | None:
             f"Its layers: {_layer_classes(base)}"
         )
     attention = former_implementation(config._attn_implementation)
-    if attention not in IMPLEMENTATIONS:
-        return f"attn_implementation is {attention}, not {' or '.join(IMPLEMENTATIONS)}"
+    if attention not in NAMES:
+        return f"attn_implementation is {attention}, not {' or '.join(NAMES)}"
     return _unusual_option(config)
 
 

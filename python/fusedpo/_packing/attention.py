@@ -12,6 +12,7 @@ completion together, and one for each further completion, whose keys are the pro
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,11 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layout import Segment
-
-# Names under which the function is registered, by the implementation that it falls back to.
-_NAMES = {"sdpa": "fusedpo_packed_sdpa", "eager": "fusedpo_packed_eager"}
-_ORIGINAL = {name: original for original, name in _NAMES.items()}
-IMPLEMENTATIONS = tuple(_NAMES)
+from .names import NAMES, former_implementation, takes_packed_rows
 
 
 class SegmentTable:
@@ -58,31 +55,36 @@ class SegmentTable:
         return self._masks[key]
 
 
-def former_implementation(name: str | None) -> str | None:
-    """Return the attention implementation of a model as it was before `use_packed_attention`."""
-    return _ORIGINAL.get(name or "", name)
-
-
 def use_packed_attention(model: Any) -> None:
     """Let `model` take packed rows; what it computes for others stays as it is.
 
     Raises:
-        ValueError: it has an attention implementation other than IMPLEMENTATIONS.
+        ValueError: it has an attention implementation that is not in NAMES.
     """
     original = former_implementation(model.config._attn_implementation)
-    if original not in _NAMES:
+    if original not in NAMES:
         raise ValueError(
-            f"packed rows need attn_implementation {' or '.join(IMPLEMENTATIONS)}; got {original}."
+            f"packed rows need attn_implementation {' or '.join(NAMES)}; got {original}."
         )
-    model.config._attn_implementation = _NAMES[original]
+    model.config._attn_implementation = NAMES[original]
 
 
-def takes_packed_rows(model: Any) -> bool:
-    """Whether `use_packed_attention` was called for the model (or for one with its config)."""
-    return model.config._attn_implementation in _ORIGINAL
+@contextlib.contextmanager
+def packed_attention(model: Any, on: bool) -> Iterator[None]:
+    """Let `model` take packed rows, or not, for a while."""
+    before = model.config._attn_implementation
+    if on:
+        use_packed_attention(model)
+    elif takes_packed_rows(model):
+        model.config._attn_implementation = former_implementation(before)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.config._attn_implementation = before
 
 
-def packed_attention(
+def attend_in_segments(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -211,7 +213,7 @@ def _own_eager_function(module: Any) -> Any:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _packed(*arguments: Any, packed_table: SegmentTable, **keywords: Any) -> Any:
     module, query, key, value, _ = arguments  # the mask is a placeholder
-    return packed_attention(module, query, key, value, packed_table, **keywords)
+    return attend_in_segments(module, query, key, value, packed_table, **keywords)
 
 
 def _over_sdpa(*arguments: Any, packed_table: SegmentTable | None = None, **keywords: Any) -> Any:
@@ -227,10 +229,8 @@ def _over_eager(*arguments: Any, packed_table: SegmentTable | None = None, **key
 
 
 for _original, _function in (("sdpa", _over_sdpa), ("eager", _over_eager)):
-    ALL_ATTENTION_FUNCTIONS.register(_NAMES[_original], _function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(
-        _NAMES[_original], ALL_MASK_ATTENTION_FUNCTIONS[_original]
-    )
+    ALL_ATTENTION_FUNCTIONS.register(NAMES[_original], _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAMES[_original], ALL_MASK_ATTENTION_FUNCTIONS[_original])
 
 
 def packed_arguments(table: SegmentTable, device: torch.device) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fusedpo._packing.attention import former_implementation
+from fusedpo._packing.names import former_implementation
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
 # Fields of a config that steer training, generation or saving, and leave the logits alone.

@@ -27,11 +27,8 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 
 from fusedpo import pair_logps
 from fusedpo._head import add_fused_head
-from fusedpo._packing.attention import (
-    former_implementation,
-    takes_packed_rows,
-    use_packed_attention,
-)
+from fusedpo._packing.attention import use_packed_attention
+from fusedpo._packing.names import former_implementation, takes_packed_rows
 from fusedpo._precompute.filling import Scorer, fill, open_store
 from fusedpo._precompute.identity import model_identity, refuse_sharded
 from fusedpo._precompute.records import RecordIndex, index_records, keys_of

@@ -23,7 +23,6 @@ from fusedpo._packing.attention import use_packed_attention
 from fusedpo._packing.layout import Group, Packed, pack
 
 KEY = "packed_batch"
-MODES = ("auto", True, False)
 # What a batch may hold besides token ids; more than this would have to be packed, too.
 _KNOWN = frozenset(
     {
@@ -214,11 +213,6 @@ class SharedPrompts:
                 return None
         packed: PackedBatch = batch.to(inputs["input_ids"].device)
         return packed
-
-
-def check_mode(share_prompts: Any) -> None:
-    if not any(share_prompts is mode or share_prompts == mode == "auto" for mode in MODES):
-        raise ValueError(f"share_prompts must be 'auto', True or False; got {share_prompts!r}.")
 
 
 def _dispatches(trainer: Any) -> bool:

@@ -18,11 +18,12 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
+from fusedpo._packing.architectures import check_mode
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
 from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
-from fusedpo.trl.shared_prompt import KEY, SharedPrompts, check_mode
+from fusedpo.trl.shared_prompt import KEY, SharedPrompts
 from fusedpo.trl.versions import require_supported
 
 _NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", KEY})
