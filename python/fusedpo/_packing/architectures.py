@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 
 from .names import NAMES, former_implementation
 
@@ -51,6 +53,8 @@ EXACT_MODEL_TYPES = frozenset(
         "starcoder2",
     }
 )
+# Their layers hand keyword arguments down to attention since this release.
+_SINCE_TRANSFORMERS_5 = frozenset({"olmoe", "qwen2_moe"})
 # Adapters that change weights, or scale features: each token by itself.
 EXACT_ADAPTERS = frozenset({"IA3", "LOHA", "LOKR", "LORA", "OFT", "VERA"})
 
@@ -88,6 +92,10 @@ def why_not_exact(model: Any) -> str | None:
             f"{type(base).__name__} ({config.model_type}) is not known to be exact; a recurrence, "
             "a convolution, linear attention or ALiBi carries one completion into the other. "
             f"Its layers: {_layer_classes(base)}"
+        )
+    if config.model_type in _SINCE_TRANSFORMERS_5 and Version(transformers.__version__).major < 5:
+        return (
+            f"{config.model_type} needs transformers 5.0; installed is {transformers.__version__}"
         )
     attention = former_implementation(config._attn_implementation)
     if attention not in NAMES:

@@ -219,7 +219,9 @@ def _packed(*arguments: Any, packed_table: SegmentTable, **keywords: Any) -> Any
 def _over_sdpa(*arguments: Any, packed_table: SegmentTable | None = None, **keywords: Any) -> Any:
     if packed_table is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **keywords)
-    return _packed(*arguments, packed_table=packed_table, **keywords)
+    # Older releases of transformers run Gemma-2 on "sdpa", which leaves its softcap out: what holds
+    # for padded rows has to hold for packed ones. Newer ones refuse the combination.
+    return _packed(*arguments, packed_table=packed_table, **keywords | {"softcap": None})
 
 
 def _over_eager(*arguments: Any, packed_table: SegmentTable | None = None, **keywords: Any) -> Any:
