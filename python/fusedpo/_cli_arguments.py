@@ -83,7 +83,14 @@ def _precompute(commands: Any) -> None:
         type=int,
         default=8192,
         metavar="N",
-        help="tokens of a batch, padding included; bounds the memory (default: %(default)s)",
+        help="tokens that the model computes for a batch; bounds the memory (default: %(default)s)",
+    )
+    run.add_argument(
+        "--share-prompts",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="compute a prompt once for all its completions, without padding: where that is exact, "
+        "or fail where it is not, or never (default: %(default)s)",
     )
     run.add_argument(
         "--per-token",

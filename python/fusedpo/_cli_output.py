@@ -56,6 +56,11 @@ def precompute_text(report: PrecomputeReport) -> str:
     if report.scored:
         rate = report.tokens / max(report.seconds, 1e-9)
         lines.append(f"{report.tokens} tokens in {report.seconds:.1f} s, {rate:.0f} tokens/s")
+        lines.append(
+            f"{report.computed} tokens computed; {report.padded} for the same batches with padding"
+        )
+    if report.not_shared is not None:
+        lines.append(f"prompts were not shared: {report.not_shared}")
     if report.without_tokens:
         lines.append(f"{report.without_tokens} completions have no token left to score")
     if report.sample is not None:

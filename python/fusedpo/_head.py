@@ -1,9 +1,10 @@
 """The fused head on `model.forward`: log-probs of the completion tokens instead of logits.
 
 `model(..., labels=labels, fused_lm_head=True)` runs the backbone and scores only the positions that
-have a label; the logits of the batch never exist. It has to be the model's own forward, not a
-function beside it: DDP, FSDP, DeepSpeed and accelerate's autocast hang their hooks there. Without
-`fused_lm_head` nothing changes.
+have a label; the logits of the batch never exist. `model(packed=packed, fused_lm_head=True)` does
+so for one row without padding in which each prompt stands once (fusedpo._packing). It has to be the
+model's own forward, not a function beside it: DDP, FSDP, DeepSpeed and accelerate's autocast hang
+their hooks there. Without `fused_lm_head` nothing changes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from fusedpo import TokenLogps, linear_token_logps
 from fusedpo._head_adapter import Head, read_head
+from fusedpo._packing.forward import packed_states, repeated
+from fusedpo._packing.layout import Packed
 from fusedpo.logps import score_head
 from fusedpo.reference import METRICS
 
@@ -34,8 +37,8 @@ _TRANSFORMERS = Version(transformers.__version__)
 
 @dataclass
 class FusedHeadOutput(ModelOutput):  # type: ignore[misc]
-    """Per-token results [batch, positions - 1] in nats, 0 where there is no label; None where not
-    asked for.
+    """Per-token results [batch, positions - 1] in nats, 0 where there is no label; of a packed row
+    [scored tokens]. None where not asked for.
 
     The names are those of TRL's output, so that code written for TRL's fused head reads this one,
     too.
@@ -69,12 +72,15 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
         *args: Any,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,
+        packed: Packed | None = None,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
             if labels is not None:
                 kwargs["labels"] = labels
             return original_forward(*args, **kwargs)
+        if packed is not None:
+            labels = packed.labels
         if labels is None:
             raise ValueError(
                 "labels must be given with fused_lm_head=True; got None. "
@@ -90,22 +96,30 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
             kwargs.setdefault("output_router_logits", True)
         # The backbone and the head are looked up at each call: PEFT and FSDP replace modules after
         # this wrapping.
-        states = _backbone(self, text_config)(*args, **kwargs)
+        backbone = _backbone(self, text_config)
+        if packed is not None:
+            layers = text_config.num_hidden_layers
+            states, hidden = packed_states(backbone, packed, layers, **kwargs)
+            targets = packed.labels
+        else:
+            states = backbone(*args, **kwargs)
+            hidden, targets = states.last_hidden_state[:, :-1], labels[:, 1:]
         head = read_head(self.get_output_embeddings())
         device = head.weight.device  # with device_map the backbone may end on another device
         scored = score_rows(
-            states.last_hidden_state[:, :-1].to(device),
+            hidden.to(device),
             head,
-            labels[:, 1:].to(device),
+            targets.to(device),
             softcap=softcap,
             logit_scale=logit_scale,
             metrics=metrics,
         )
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            aux_loss = _load_balancing_loss(
-                self, text_config, states.router_logits, kwargs.get("attention_mask")
-            )
+            router_logits, mask = states.router_logits, kwargs.get("attention_mask")
+            if packed is not None:
+                router_logits, mask = repeated(router_logits, packed), None
+            aux_loss = _load_balancing_loss(self, text_config, router_logits, mask)
         return FusedHeadOutput(
             log_probs=scored.logps,
             entropy=scored.entropy,

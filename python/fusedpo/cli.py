@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+_SHARE_PROMPTS: dict[str, str | bool] = {"auto": "auto", "always": True, "never": False}
 _TELLING = (StoreError, ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
@@ -114,6 +115,7 @@ def _precompute(options: argparse.Namespace) -> Result:
         revision=options.revision,
         attn_implementation=options.attn_implementation,
         max_tokens_per_batch=options.max_tokens_per_batch,
+        share_prompts=_SHARE_PROMPTS[options.share_prompts],
         per_token=options.per_token,
         verify_sample=options.verify_sample,
         progress=output.ProgressBar() if output.is_main_process() else None,

@@ -51,8 +51,8 @@ class RefStore:
         identity: what the values depend on, a dict of JSON values; see docs/store_format.md. A new
             store needs one; an old one must have the same (but for its field "info").
         tolerance: by how much two values of one key may differ, relative to the larger one or to 32
-            nats, to be taken for the same. Only a new store takes it (default 1e-6); an old one keeps
-            its own, see `store.tolerance`.
+            nats, to be taken for the same. Only a new store takes it (default 1e-6); an old one
+            keeps its own, see `store.tolerance`.
 
     Raises:
         StoreError: no directory or no store, another identity, a file that is none of the store's.

@@ -108,6 +108,7 @@ def test_every_flag_of_precompute_reaches_it(
         "--revision": "r",
         "--attn-implementation": "eager",
         "--max-tokens-per-batch": "17",
+        "--share-prompts": "never",
         "--verify-sample": "3",
     }
     words = [word for pair in flags.items() for word in pair]
@@ -126,6 +127,7 @@ def test_every_flag_of_precompute_reaches_it(
         "revision": "r",
         "attn_implementation": "eager",
         "max_tokens_per_batch": 17,
+        "share_prompts": False,
         "verify_sample": 3,
         "per_token": True,
     }

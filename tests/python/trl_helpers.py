@@ -293,13 +293,14 @@ def train(trainer_class: Callable[..., Any], folder: Any, **arguments: Any) -> A
     return trainer
 
 
-_TIMES = ("runtime", "per_second", "total_flos", "train_loss")
+# Times, and what fusedpo logs besides TRL's metrics.
+_NOT_COMPARED = ("runtime", "per_second", "total_flos", "train_loss", "tokens/")
 
 
 def logged(trainer: Any) -> list[dict[str, float]]:
-    """Return every logged value but the times, one dict for each log call."""
+    """Return every logged value that TRL has, too, but the times; one dict for each log call."""
     return [
-        {name: value for name, value in entry.items() if not any(t in name for t in _TIMES)}
+        {name: value for name, value in entry.items() if not any(t in name for t in _NOT_COMPARED)}
         for entry in trainer.state.log_history
     ]
 

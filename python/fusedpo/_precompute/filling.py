@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fusedpo._packing.names import takes_packed_rows
 from fusedpo._store_keys import native
 from fusedpo.store import RefStore
 
-from .records import Batch, Record, RecordIndex, Source, plan_batches
+from .records import Batch, Record, RecordIndex, Source, plan_batches, tokens_of
 from .scoring import score, scoring_mode, sums
 
 SYNC_SECONDS = 1.0  # what a kill can cost, beside the batch in flight
@@ -48,10 +49,13 @@ class PrecomputeReport:
     found: int  # records that were there before, for all processes
     scored: int  # by this process
     tokens: int  # prompt and completion tokens that this process scored
+    computed: int  # tokens that the model computed for them
+    padded: int  # tokens that it would have computed for the same batches, padded
     seconds: float  # of scoring, without loading and tokenising
     rank: int
     world_size: int
     sample: SampleCheck | None = None
+    not_shared: str | None = None  # why prompts were not computed once, where that was asked for
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -140,7 +144,9 @@ def fill(
     """Score what `store` lacks of `index`, as rank `rank` of `world_size`."""
     progress = progress or Progress()
     missing = store.missing(index.keys, tokens=per_token)
-    share = [batch for batch in plan_batches(index, max_tokens) if batch.slot % world_size == rank]
+    packed = takes_packed_rows(scorer.model)
+    plan = plan_batches(index, max_tokens, packed=packed)
+    share = [batch for batch in plan if batch.slot % world_size == rank]
     todo = [batch for batch in share if missing[batch.members].any()]
     tokens = [int(index.length[batch.members].sum()) for batch in todo]
     scored, start = 0, time.monotonic()
@@ -173,6 +179,8 @@ def fill(
         found=int((~missing).sum()),
         scored=scored,
         tokens=sum(tokens),
+        computed=sum(tokens_of(index, batch.members, packed=packed) for batch in todo),
+        padded=sum(tokens_of(index, batch.members, packed=False) for batch in todo),
         seconds=seconds,
         rank=rank,
         world_size=world_size,

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fusedpo._packing.names import former_implementation
+
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module"})
 # Fields of a config that steer training, generation or saving, and leave the logits alone.
 _NOT_LOGITS = re.compile(
@@ -44,7 +46,8 @@ def model_identity(model: Any, *, autocast: str | None, temperature: float = 1.0
         ValueError: adapters that are both merged and switched off.
     """
     base, adapter, kinds = _tensors_in_force(model)
-    attention = getattr(model.config, "_attn_implementation", None)
+    # Packed rows agree with padded ones to rounding, as one padded batch does with another.
+    attention = former_implementation(getattr(model.config, "_attn_implementation", None))
     config = _logit_fields(model.config.to_dict())
     return {
         "model": {

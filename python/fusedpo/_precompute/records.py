@@ -7,10 +7,11 @@ same bits.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,7 @@ class RecordIndex:
     keys: NDArray[np.uint8]  # [N, 16]
     record: NDArray[np.int64]  # [N] number of the record in the source
     length: NDArray[np.int64]  # [N] tokens of prompt and completion
+    prompt: NDArray[np.int64]  # [N] tokens of the prompt
     group: NDArray[np.void]  # [N] digest of the prompt: equal for the completions of a row
     rows: int
     without_tokens: int  # records of the source that have nothing to score
@@ -87,7 +89,7 @@ def index_records(
     source: Source, progress: Callable[[int], object] = lambda rows: None
 ) -> RecordIndex:
     """Read the whole source once; ids are not kept. `progress` is told rows as they are read."""
-    keys, groups, lengths, numbers = [], [], [], []
+    keys, groups, lengths, prompts, numbers = [], [], [], [], []
     without = 0
     for start in range(0, len(source), _CHUNK_ROWS):
         rows = range(start, min(start + _CHUNK_ROWS, len(source)))
@@ -98,6 +100,7 @@ def index_records(
         # keep_end truncation may cut the prompts of a pair differently: the row's first one counts.
         groups += [_digest(records[i - i % source.per_row].prompt) for i in kept]
         lengths += [records[i].length for i in kept]
+        prompts += [len(records[i].prompt) for i in kept]
         numbers += [start * source.per_row + i for i in kept]
         progress(len(rows))
     all_keys = np.concatenate(keys) if keys else np.zeros((0, 16), np.uint8)
@@ -112,6 +115,7 @@ def index_records(
         keys=all_keys[chosen],
         record=np.array(numbers, np.int64)[chosen],
         length=np.array(lengths, np.int64)[chosen],
+        prompt=np.array(prompts, np.int64)[chosen],
         group=group[chosen],
         rows=len(source),
         without_tokens=without,
@@ -127,33 +131,55 @@ class Batch:
     slot: int
 
 
-def plan_batches(index: RecordIndex, max_tokens: int) -> list[Batch]:
-    """Cut the records into batches of at most `max_tokens` with padding, longest first.
+def tokens_of(index: RecordIndex, members: Any, *, packed: bool) -> int:
+    """Tokens that a model computes for records: padded to the longest, or packed in one row, where
+    a prompt counts once.
 
-    Completions of one prompt stay together: in one batch, or, if there are too many, in batches of
-    the same rank. A record longer than `max_tokens` is a batch of its own.
+    Within a group prompts of one length are one prompt; keep_end may cut it to several lengths.
+    """
+    lengths = index.length[members]
+    if not packed:
+        return int(lengths.max(initial=0)) * len(lengths)
+    prompts = index.prompt[members]
+    groups = _as_numbers(index.group[members])
+    once = np.unique(np.column_stack([groups, prompts.astype(np.uint64)]), axis=0)[:, 2]
+    return int((lengths - prompts).sum()) + int(once.sum())
+
+
+def plan_batches(index: RecordIndex, max_tokens: int, *, packed: bool = False) -> list[Batch]:
+    """Cut the records into batches of at most `max_tokens`, longest first.
+
+    What counts is what a model computes: with padding, or of packed rows. Completions of one prompt
+    stay together: in one batch, or, if there are too many, in batches of the same rank. A record
+    longer than `max_tokens` is a batch of its own.
     """
     batches: list[Batch] = []
     batch: list[int] = []
-    longest = slot = 0
+    longest = used = slot = 0
 
     def close() -> None:
-        nonlocal batch, slot
+        nonlocal batch, used, slot
         if batch:
             batches.append(Batch(np.array(batch, np.int64), slot))
-            batch, slot = [], slot + 1
+            batch, used, slot = [], 0, slot + 1
+
+    def tokens(members: list[int]) -> int:
+        if packed:
+            return tokens_of(index, members, packed=True)
+        return longest * len(members)  # the batch's first group has the longest record
 
     for members in _groups_longest_first(index):
-        length = int(index.length[members[0]])
-        if batch and longest * (len(batch) + len(members)) > max_tokens:
+        if batch and used + tokens(members) > max_tokens:
             close()
         if not batch:
-            longest = length
-        most = max(1, max_tokens // longest)
-        while len(members) > most:  # only with an empty batch
-            batches.append(Batch(np.array(members[:most], np.int64), slot))
-            members = members[most:]
+            longest = int(index.length[members[0]])
+        while len(members) > 1 and tokens(members) > max_tokens:  # only with an empty batch
+            counts = range(1, len(members) + 1)
+            most = bisect.bisect_right(counts, max_tokens, key=lambda n: tokens(members[:n]))
+            batches.append(Batch(np.array(members[: max(1, most)], np.int64), slot))
+            members = members[max(1, most) :]
         batch += members
+        used += tokens(members)
     close()
     return batches
 

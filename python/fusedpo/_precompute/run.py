@@ -35,6 +35,7 @@ def precompute(
     revision: str | None = None,
     attn_implementation: str | None = None,
     max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    share_prompts: str | bool = "auto",
     per_token: bool = False,
     verify_sample: int = 0,
     progress: Progress | None = None,
@@ -60,7 +61,11 @@ def precompute(
         autocast: auto (bf16, as DPOConfig), bf16, fp16 or no.
         revision: which revision of the model on the Hub.
         attn_implementation: as for `from_pretrained`, e.g. "flash_attention_2".
-        max_tokens_per_batch: tokens of a batch, padding included; bounds the memory.
+        max_tokens_per_batch: tokens that the model computes for a batch (each prompt once, or with
+            padding); bounds the memory.
+        share_prompts: compute a prompt once for all its completions, without padding: "auto" does
+            so for models for which it is exact (the report tells why not), True refuses others,
+            False never does.
         per_token: store each token's log-prob, too; `DPOConfig(ld_alpha=...)` needs them.
         verify_sample: so many records, of all processes together, are scored again, one by one,
             and compared.
@@ -81,11 +86,15 @@ def precompute(
         FusedDPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", ref_store="refs/", train_dataset=pairs)
     """
     require_packages(peft=ref_adapter is not None)
+    from fusedpo._packing.architectures import check_mode, why_not_exact
+    from fusedpo._packing.attention import packed_attention
+
     from .data import check_truncation, completion_columns, load_data, tokenize
     from .identity import refuse_sharded
     from .reference import fused_head, load_processing_class, pad_token_id, process_state
 
     check_truncation(max_length, truncation_mode)
+    check_mode(share_prompts)
     _check_count("max_tokens_per_batch", max_tokens_per_batch, least=1)
     _check_count("verify_sample", verify_sample, least=0)
     compute_dtype = autocast_dtype(autocast)
@@ -107,6 +116,13 @@ def precompute(
             attn_implementation=attn_implementation,
             ref_adapter=ref_adapter,
         )
+        not_shared = None if share_prompts is False else why_not_exact(model)
+        if not_shared is not None and share_prompts is True:
+            raise ValueError(
+                f"share_prompts=True must have a model for which it is exact; {not_shared}. Use "
+                "'auto' or False."
+            )
+        packed = share_prompts is not False and not_shared is None
         store = open_store(str(output), identity)
         source = tokenize(
             dataset,
@@ -116,7 +132,7 @@ def precompute(
             truncation_mode=truncation_mode,
         )
         scorer = Scorer(model, compute_dtype, pad_token_id(processing_class), inference_mode=ours)
-        with fused_head(model):
+        with fused_head(model), packed_attention(model, packed):
             report = fill(
                 store,
                 str(output),
@@ -130,6 +146,7 @@ def precompute(
                 verify_sample=verify_sample,
                 progress=progress or Progress(),
             )
+    report = replace(report, not_shared=not_shared)
     if report.sample is not None and state.num_processes > 1:
         from accelerate.utils import gather_object
 

@@ -1,7 +1,8 @@
 """Scoring: records in, log-probs of their completion tokens out.
 
-One forward of the backbone per batch, padded on the right as TRL pads; the head runs on completion
-rows only (`fusedpo._head`), and sums over tokens are formed in float64.
+One forward of the backbone per batch: one packed row (`fusedpo._packing`), or padded on the right
+as TRL pads. The head runs on completion rows only (`fusedpo._head`), and sums over tokens are
+formed in float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fusedpo._packing.layout import Group, pack
+from fusedpo._packing.names import takes_packed_rows
 
 from .records import Record
 
@@ -68,8 +72,10 @@ def score(model: Any, records: Sequence[Record], pad_token_id: int) -> list[NDAr
 
     `model` has the fused head; call within `scoring_mode`.
     """
-    ids, attention, labels = _padded(records, pad_token_id)
     device = next(model.parameters()).device
+    if takes_packed_rows(model):
+        return _score_packed(model, records, device)
+    ids, attention, labels = _padded(records, pad_token_id)
     log_probs: Tensor = model(
         input_ids=ids.to(device),
         attention_mask=attention.to(device),
@@ -83,6 +89,25 @@ def score(model: Any, records: Sequence[Record], pad_token_id: int) -> list[NDAr
         values[i, record.length - 1 - record.num_tokens : record.length - 1]
         for i, record in enumerate(records)
     ]
+
+
+def _score_packed(
+    model: Any, records: Sequence[Record], device: torch.device
+) -> list[NDArray[np.float32]]:
+    places: dict[bytes, list[int]] = {}
+    for i, record in enumerate(records):
+        places.setdefault(record.prompt.tobytes(), []).append(i)
+    row = pack(
+        [
+            Group(records[members[0]].prompt, [records[i].completion for i in members])
+            for members in places.values()
+        ]
+    )
+    log_probs = model(packed=row.to(device), use_cache=False, fused_lm_head=True).log_probs
+    values = np.split(log_probs.float().cpu().numpy(), np.cumsum(row.counts)[:-1])
+    order = [i for members in places.values() for i in members]
+    by_record = dict(zip(order, values, strict=True))
+    return [by_record[i] for i in range(len(records))]
 
 
 def sums(token_logps: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:

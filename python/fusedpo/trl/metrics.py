@@ -23,9 +23,11 @@ def step_metrics(
     policy: PairLogps,
     result: PreferenceLoss,
     aux_loss: Tensor | None,
+    tokens: tuple[int, int],
 ) -> tuple[dict[str, float], int]:
     """Return TRL's metrics of this step by name, and the number of tokens in the batch of all
-    ranks.
+    ranks. Two are not TRL's: `tokens/computed` and `tokens/padded`, what the policy's backbone
+    computes in this step, on all ranks, and what it would compute for padded batches.
 
     Args:
         accelerator: the trainer's; it gathers.
@@ -35,6 +37,8 @@ def step_metrics(
         policy: log-probs of the pairs.
         result: loss and rewards of the pairs.
         aux_loss: the router loss of a mixture of experts (0-d) where it is part of the loss.
+        tokens: what the backbone computes for the batch, and the padded batch would have it
+            compute.
     """
     seq_len = completion_mask.shape[1]
     # Prompt-learning adapters put virtual tokens before the sequence: only the last seq_len
@@ -44,7 +48,8 @@ def step_metrics(
         for values in (outputs.entropy, outputs.mean_logits, outputs.is_top1)
     )
     # Sums run in fp64, so that adding the rows of many ranks loses nothing. MPS has no fp64.
-    dtype = torch.float32 if mean_logits.device.type == "mps" else torch.float64
+    device = mean_logits.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     pairs = completion_mask.shape[0] // 2
 
     def total(values: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def step_metrics(
         "chosen_tokens": total(completion_mask[:pairs]),
         "rejected_tokens": total(completion_mask[pairs:]),
         "num_tokens": total(attention_mask),
-        "ranks": torch.ones((), dtype=dtype, device=mean_logits.device),
+        "ranks": torch.ones((), dtype=dtype, device=device),
     }
     if aux_loss is not None:
         token_sums["aux_loss"] = aux_loss.detach().to(dtype)
@@ -73,12 +78,14 @@ def step_metrics(
         "rewards/margins": total(result.margins),
         "logps/chosen": total(policy.chosen.detach()),
         "logps/rejected": total(policy.rejected.detach()),
-        "pairs": torch.full((), pairs, dtype=dtype, device=mean_logits.device),
     }
+    counts = {"pairs": pairs, "tokens/computed": tokens[0], "tokens/padded": tokens[1]}
+    pair_values = torch.stack(list(pair_sums.values()))
+    count_values = torch.tensor(list(counts.values()), dtype=dtype, device=device)
     token_rows = accelerator.gather_for_metrics(torch.stack(list(token_sums.values())).unsqueeze(0))
-    pair_rows = accelerator.gather(torch.stack(list(pair_sums.values())).unsqueeze(0))
+    pair_rows = accelerator.gather(torch.cat([pair_values, count_values]).unsqueeze(0))
     numbers = torch.cat([token_rows.sum(dim=0), pair_rows.sum(dim=0)]).tolist()  # the only transfer
-    sums = dict(zip([*token_sums, *pair_sums], numbers, strict=True))
+    sums = dict(zip([*token_sums, *pair_sums, *counts], numbers, strict=True))
 
     chosen_tokens, rejected_tokens = sums["chosen_tokens"], sums["rejected_tokens"]
     metrics = {
@@ -89,8 +96,10 @@ def step_metrics(
     }
     if aux_loss is not None:
         metrics["aux_loss"] = sums["aux_loss"] / sums["ranks"]
-    for name in list(pair_sums)[:-1]:
+    for name in pair_sums:
         metrics[name] = sums[name] / sums["pairs"]
+    for name in ("tokens/computed", "tokens/padded"):
+        metrics[name] = sums[name]
     return metrics, int(sums["num_tokens"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusedpo._precompute.records import Record
+from fusedpo.trl.shared_prompt import KEY
 
 # What the keys of a store cover, or what changes no log-prob.
 _COVERED = frozenset(
@@ -22,6 +23,7 @@ _COVERED = frozenset(
         "ref_chosen_logps",
         "ref_rejected_logps",
         "use_cache",
+        KEY,
     }
 )
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -27,6 +27,8 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 
 from fusedpo import pair_logps
 from fusedpo._head import add_fused_head
+from fusedpo._packing.attention import use_packed_attention
+from fusedpo._packing.names import former_implementation, takes_packed_rows
 from fusedpo._precompute.filling import Scorer, fill, open_store
 from fusedpo._precompute.identity import model_identity, refuse_sharded
 from fusedpo._precompute.records import RecordIndex, index_records, keys_of
@@ -346,7 +348,8 @@ class StoredReference:
             options["device_map"] = None
         options.setdefault("trust_remote_code", trainer.args.trust_remote_code)
         options.setdefault("dtype", trainer.model.dtype)
-        options.setdefault("attn_implementation", trainer.model.config._attn_implementation)
+        attention = former_implementation(trainer.model.config._attn_implementation)
+        options.setdefault("attn_implementation", attention)
         remedy = (
             "Pass ref_model=..., or score the data before: fusedpo precompute, or a data set with "
             "a length."
@@ -367,6 +370,8 @@ class StoredReference:
             )
         disable_dropout_in_model(model)
         add_fused_head(model)
+        if takes_packed_rows(trainer.accelerator.unwrap_model(trainer.model)):
+            use_packed_attention(model)
         trainer.accelerator.print(f"fusedpo: {self.path}: loaded {name} to score what is missing")
         return trainer.accelerator.prepare_model(model, evaluation_mode=True)
 

@@ -19,6 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
+from fusedpo._packing.architectures import check_mode
 from fusedpo._precompute.reference import check_head
 from fusedpo.trl.bindings import check_attributes
 from fusedpo.trl.construct import construction
@@ -27,9 +28,10 @@ from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.parallelism import require_whole_sequences
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
 from fusedpo.trl.refusals import refuse_arguments, refuse_options
+from fusedpo.trl.shared_prompt import KEY, SharedPrompts
 from fusedpo.trl.versions import TRAINER
 
-_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", KEY})
 
 
 class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -54,6 +56,10 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             length; `"error"` refuses to train without them.
         ref_identity (`str`, defaults to `"check"`): `"check"` refuses a store that was made with
             another reference, or scored in another way; `"ignore"` uses its values, with a warning.
+        share_prompts (`"auto"` or `bool`, defaults to `"auto"`): compute each prompt once for both
+            completions, and no padding; the values are those of TRL's padded batches, to rounding.
+            `"auto"` does so for models that are known to be exact, and says why where it does not;
+            `True` refuses to train otherwise.
 
     Raises:
         TypeError: an unknown argument.
@@ -81,6 +87,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         ref_store: Any = None,
         ref_miss: str = "compute",
         ref_identity: str = "check",
+        share_prompts: str | bool = "auto",
         **keywords: Any,
     ) -> None:
         version = TRAINER.require()
@@ -91,11 +98,13 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         # Wrong options are refused before a model is loaded.
         refuse_options(args)
         self._loss_call = loss_call(args)
+        check_mode(share_prompts)
         # The second argument after `args`.
         train_dataset = keywords.get("train_dataset", rest[1] if len(rest) > 1 else None)
         store = RefStoreOptions.of(ref_store, ref_miss, ref_identity, args, train_dataset)
         self._store_options = store
         self._stored_reference = None
+        self._shared_prompts: SharedPrompts | None = None
         with construction(model, ref_model, args, store):
             super().__init__(model, ref_model, args, *rest, **keywords)
         check_attributes(self, version)
@@ -107,6 +116,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "by accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         require_whole_sequences(self.accelerator, stored_reference=store is not None)
+        self._shared_prompts = SharedPrompts(self, share_prompts)
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
             self.precompute_ref_logps = False
@@ -164,10 +174,24 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def token_logps(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Score a batch with `model` as it stands: log-probs [2B, T - 1] of the tokens in nats, 0
         outside completions."""
-        outputs = model(**_model_inputs(inputs), labels=_labels(inputs), fused_lm_head=True)
+        outputs = self._score(model, inputs)
         # Prompt learning puts virtual tokens in front.
         log_probs: Tensor = outputs.log_probs[:, -(inputs["completion_mask"].shape[1] - 1) :]
         return log_probs
+
+    def _tokens(self, inputs: dict[str, Any]) -> tuple[int, int]:
+        """Return the tokens that the backbone computes for a batch, and those of the padded one."""
+        packed = None if self._shared_prompts is None else self._shared_prompts.batch(inputs)
+        padded = inputs["input_ids"].numel()
+        return padded if packed is None else packed.packed.tokens, padded
+
+    def _score(self, model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+        """Return the fused head's output for the tokens of a batch, [2B, T - 1]."""
+        packed = None if self._shared_prompts is None else self._shared_prompts.batch(inputs)
+        if packed is None:
+            labels = _labels(inputs)
+            return model(**_model_inputs(inputs), **options, labels=labels, fused_lm_head=True)
+        return packed.padded(model(packed=packed.packed, **options, fused_lm_head=True))
 
     def _reference_pair(self, model: Any, inputs: dict[str, Any]) -> PairLogps:
         adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -188,10 +212,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
-        model_inputs = _model_inputs(inputs)
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        outputs = model(**model_inputs, labels=_labels(inputs), fused_lm_head=True)
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = self._score(model, inputs, **options)
         policy = _pair(outputs.log_probs, inputs, self.ld_alpha)
         if self._stored_reference is not None:
             reference = self._stored_reference.pair(inputs, policy.chosen.dtype)
@@ -223,6 +245,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             policy,
             result,
             aux_loss,
+            self._tokens(inputs),
         )
         if mode == "train":
             self._total_train_tokens += num_tokens // self._tensor_parallel_size()
@@ -239,7 +262,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             stacklevel=2,
         )
         with torch.no_grad():
-            return loss, model(**model_inputs)
+            return loss, model(**_model_inputs(inputs), **options)
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

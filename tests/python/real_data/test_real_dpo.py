@@ -150,3 +150,47 @@ def test_qwen_vocabulary_five_steps_on_conversations_equal_trl(
     assert all(abs(entry["logits/chosen"]) > 0.1 for entry in want if "loss" in entry)
     losses = [entry["loss"] for entry in want if "loss" in entry]
     assert max(losses) - min(losses) > 0.05  # the steps do change the model
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_200_steps_with_shared_prompts_follow_those_without(
+    real_data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = real_data / "models" / "stories260K"
+    rows = read(real_data / "preferences" / "tinystories-vs-260k.jsonl")
+
+    def run(share_prompts: bool) -> Any:
+        trainer = FusedDPOTrainer(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            args=config(
+                tmp_path,
+                max_steps=200,
+                learning_rate=1e-4,
+                per_device_train_batch_size=2,
+                max_length=256,
+            ),
+            train_dataset=Dataset.from_list(rows[:200]),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            # Scored once for both runs: the difference between the two is the policy's alone.
+            ref_store=tmp_path / "refs",
+            share_prompts=share_prompts,
+        )
+        trainer.train()
+        return trainer
+
+    packed, padded = run(True), run(False)
+    got, want = logged(packed), logged(padded)
+    assert len([entry for entry in want if "loss" in entry]) == 200
+    computed, whole = (
+        sum(entry.get(name, 0) for entry in packed.state.log_history)
+        for name in ("tokens/computed", "tokens/padded")
+    )
+    losses = [entry["loss"] for entry in want if "loss" in entry]
+    differences = [abs(entry["loss"] - loss) for entry, loss in zip(got, losses, strict=False)]
+    print(f"losses differ by {max(differences):.2e} at most in 200 steps")
+    print(f"{computed:.0f} tokens instead of {whole:.0f}")
+    # These prompts are short: what is saved is the padding.
+    assert computed < whole / 1.1
+    # Rounding differs by 1e-7 in each step, and each step builds on the ones before.
+    assert_equal_logs(got, want, rel=1e-3, abs_=1e-4)
+    assert losses[0] - min(losses) > 0.3

@@ -1,0 +1,137 @@
+"""For which models a packed row gives what padded rows give, to rounding.
+
+Exact are layers that treat each token by itself (norms, MLPs, routed experts without a capacity)
+and attention that takes its order from `position_ids` and goes through transformers' attention
+interface. A recurrence, a convolution, linear attention or ALiBi would carry one completion into
+the other. tests/python/test_packing_architectures.py compares every name of the list with padded
+rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+
+from .names import NAMES, former_implementation
+
+EXACT_MODEL_TYPES = frozenset(
+    {
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "helium",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "starcoder2",
+    }
+)
+# Their layers hand keyword arguments down to attention since this release.
+_SINCE_TRANSFORMERS_5 = frozenset({"olmoe", "qwen2_moe"})
+# Adapters that change weights, or scale features: each token by itself.
+EXACT_ADAPTERS = frozenset({"IA3", "LOHA", "LOKR", "LORA", "OFT", "VERA"})
+
+
+MODES = ("auto", True, False)
+
+
+def check_mode(share_prompts: Any) -> None:
+    """Raise ValueError unless `share_prompts` is "auto", True or False."""
+    if not any(share_prompts is mode or share_prompts == mode == "auto" for mode in MODES):
+        raise ValueError(f"share_prompts must be 'auto', True or False; got {share_prompts!r}.")
+
+
+def why_not_exact(model: Any) -> str | None:
+    """Return why `model` cannot take packed rows, or None where it can.
+
+    Args:
+        model: a transformers causal language model, or a PeftModel around one; not wrapped further.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    for config in configs.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind not in EXACT_ADAPTERS:
+            return f"adapters of type {kind} are not known to treat each token by itself"
+        if getattr(config, "alora_invocation_tokens", None):
+            return "activated LoRA (alora_invocation_tokens) switches by position in a sequence"
+    base = model.get_base_model() if configs else model
+    config = base.config
+    if not type(base).__module__.startswith("transformers.models."):
+        return f"the code of {type(base).__name__} is not transformers' own"
+    if config.get_text_config() is not config:
+        return f"{type(base).__name__} takes more than text"
+    if config.model_type not in EXACT_MODEL_TYPES:
+        return (
+            f"{type(base).__name__} ({config.model_type}) is not known to be exact; a recurrence, "
+            "a convolution, linear attention or ALiBi carries one completion into the other. "
+            f"Its layers: {_layer_classes(base)}"
+        )
+    if config.model_type in _SINCE_TRANSFORMERS_5 and Version(transformers.__version__).major < 5:
+        return (
+            f"{config.model_type} needs transformers 5.0; installed is {transformers.__version__}"
+        )
+    attention = former_implementation(config._attn_implementation)
+    if attention not in NAMES:
+        return f"attn_implementation is {attention}, not {' or '.join(NAMES)}"
+    return _unusual_option(config)
+
+
+def _unusual_option(config: Any) -> str | None:
+    options = config.to_dict()
+    if options.get("is_causal") is False or options.get("use_bidirectional_attention"):
+        return "its attention is not causal"
+    if options.get("reorder_and_upcast_attn"):
+        return "reorder_and_upcast_attn=True bypasses transformers' attention interface"
+    if options.get("router_jitter_noise"):
+        return "router_jitter_noise makes the experts of a token random"
+    return None
+
+
+def active_dropout(model: Any) -> str | None:
+    """Return where dropout is active in training, or None. The completions of a packed pair would
+    lose the same parts of their prompt, those of padded rows different ones."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return f"{name} has p={module.p}"
+    rate = model.config.to_dict().get("attention_dropout")
+    return f"attention_dropout={rate} in the model's config" if rate else None
+
+
+def _layer_classes(model: Any) -> str:
+    """The classes that the model's layers are made of, e.g. "BloomAttention, BloomMLP"."""
+    names: list[str] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for layer in module:
+                for _, child in layer.named_children():
+                    if type(child).__name__ not in names:
+                        names.append(type(child).__name__)
+            break
+    return ", ".join(name for name in names if "Norm" not in name)

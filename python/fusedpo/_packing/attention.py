@@ -1,0 +1,245 @@
+"""Attention within a packed row: every completion sees its prompt and itself, and nothing else.
+
+It is a function registered with transformers, which every attention layer calls with its queries,
+keys and values after the rotary embedding. The layout travels as a keyword argument from the
+backbone's forward to each layer. So there is no state outside the call: threads, and the second
+forward of gradient checkpointing, each have their own. Without that argument (generation, padded
+batches) the model's former attention runs, to the bit.
+
+A segment of `prompt | completion | completion ...` is one causal problem for prompt and first
+completion together, and one for each further completion, whose keys are the prompt's and its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layout import Segment
+from .names import NAMES, former_implementation, takes_packed_rows
+
+
+class SegmentTable:
+    """The segments of one packed forward, for all its attention layers."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = segments
+        self.calls = 0  # layers that have read the table
+        self.pieces = [
+            length
+            for _, prompt, (first, *others) in segments
+            for length in (prompt + first, *others)
+        ]
+        self._masks: dict[Any, Tensor] = {}
+
+    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+        """What is added to the scores [queries, keys] of the last `queries` of `keys` tokens: 0
+        where a key is seen, else -inf. Built once for all layers of a kind."""
+        key = queries, keys, window, like.dtype, like.device
+        if key not in self._masks:
+            query_at = torch.arange(keys - queries, keys, device=like.device)[:, None]
+            key_at = torch.arange(keys, device=like.device)[None]
+            hidden = key_at > query_at
+            if window is not None:
+                hidden |= key_at <= query_at - window
+            zeros = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
+            self._masks[key] = zeros.masked_fill_(hidden, float("-inf"))
+        return self._masks[key]
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let `model` take packed rows; what it computes for others stays as it is.
+
+    Raises:
+        ValueError: it has an attention implementation that is not in NAMES.
+    """
+    original = former_implementation(model.config._attn_implementation)
+    if original not in NAMES:
+        raise ValueError(
+            f"packed rows need attn_implementation {' or '.join(NAMES)}; got {original}."
+        )
+    model.config._attn_implementation = NAMES[original]
+
+
+@contextlib.contextmanager
+def packed_attention(model: Any, on: bool) -> Iterator[None]:
+    """Let `model` take packed rows, or not, for a while."""
+    before = model.config._attn_implementation
+    if on:
+        use_packed_attention(model)
+    elif takes_packed_rows(model):
+        model.config._attn_implementation = former_implementation(before)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.config._attn_implementation = before
+
+
+def attend_in_segments(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: SegmentTable,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend within the segments of a packed row.
+
+    Args:
+        module: the attention layer.
+        query: [1, heads, N, d]; key, value: [1, key heads, N, d].
+        table: of this forward.
+        scaling: factor on the scores; by default 1 / sqrt(d).
+        dropout: must be 0: both completions would lose the same parts of their prompt.
+        sliding_window: a token sees so many tokens, itself included, of prompt and completion.
+        softcap: scores become softcap * tanh(score / softcap).
+        s_aux: [heads] attention sinks: one more score for each head, without a value.
+
+    Returns:
+        [1, N, heads, d], and no attention weights.
+    """
+    if dropout:
+        raise ValueError(
+            f"packed rows need attention without dropout; {type(module).__name__} has {dropout}."
+        )
+    table.calls += 1
+    attend = _scores if softcap is not None or s_aux is not None else _fused
+    outputs = [
+        # [1, heads, L, d] -> [1, L, heads, d]
+        attend(q, k, v, table, scaling, sliding_window, softcap, s_aux).transpose(1, 2)
+        for q, k, v in _problems(query, key, value, table)
+    ]
+    return torch.cat(outputs, 1), None
+
+
+def _problems(
+    query: Tensor, key: Tensor, value: Tensor, table: SegmentTable
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each completion; the first ones with the queries of the prompt.
+
+    The row is split, not sliced: the gradient of a split is one concatenation, that of each slice a
+    row of zeros.
+    """
+    queries, keys, values = (iter(torch.split(t, table.pieces, 2)) for t in (query, key, value))
+    for _, prompt, (_, *others) in table.segments:
+        first_key, first_value = next(keys), next(values)
+        yield next(queries), first_key, first_value
+        for _ in others:
+            yield (
+                next(queries),
+                torch.cat([first_key[:, :, :prompt], next(keys)], 2),
+                torch.cat([first_value[:, :, :prompt], next(values)], 2),
+            )
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: SegmentTable,
+    scaling: float | None,
+    window: int | None,
+    *_: Any,
+) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    if not queries:
+        return q
+    plain = queries == keys and (window is None or keys <= window)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if plain else table.mask(queries, keys, window, q),
+        is_causal=plain,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: SegmentTable,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same with the scores formed, for what scaled_dot_product_attention lacks."""
+    _, heads, queries, size = q.shape
+    key_heads, keys = k.shape[1], k.shape[2]
+    if not queries:
+        return q
+    # Query heads of one key head are neighbours: [1, key heads, heads per key head, L, d].
+    grouped = q.reshape(1, key_heads, heads // key_heads, queries, size)
+    scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
+    scores = scores * (size**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + table.mask(queries, keys, window, scores)
+    if sinks is not None:
+        extra = sinks.to(scores.dtype).reshape(1, key_heads, heads // key_heads, 1, 1)
+        scores = torch.cat([scores, extra.expand(-1, -1, -1, queries, -1)], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)[..., :keys]
+    return (weights @ v.unsqueeze(2)).reshape(1, heads, queries, v.shape[-1])
+
+
+def _own_eager_function(module: Any) -> Any:
+    # Each modeling file has its own; wrappers (FSDP) derive classes elsewhere.
+    for cls in type(module).__mro__:
+        function = vars(sys.modules[cls.__module__]).get("eager_attention_forward")
+        if function is not None:
+            return function
+    raise ValueError(f"{type(module).__name__} has no eager attention of transformers' form.")
+
+
+# torch.compile would compile it anew for every batch: the segments are Python numbers.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _packed(*arguments: Any, packed_table: SegmentTable, **keywords: Any) -> Any:
+    module, query, key, value, _ = arguments  # the mask is a placeholder
+    return attend_in_segments(module, query, key, value, packed_table, **keywords)
+
+
+def _over_sdpa(*arguments: Any, packed_table: SegmentTable | None = None, **keywords: Any) -> Any:
+    if packed_table is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, **keywords)
+    # Older releases of transformers run Gemma-2 on "sdpa", which leaves its softcap out: what holds
+    # for padded rows has to hold for packed ones. Newer ones refuse the combination.
+    return _packed(*arguments, packed_table=packed_table, **keywords | {"softcap": None})
+
+
+def _over_eager(*arguments: Any, packed_table: SegmentTable | None = None, **keywords: Any) -> Any:
+    if packed_table is None:
+        return _own_eager_function(arguments[0])(*arguments, **keywords)
+    return _packed(*arguments, packed_table=packed_table, **keywords)
+
+
+for _original, _function in (("sdpa", _over_sdpa), ("eager", _over_eager)):
+    ALL_ATTENTION_FUNCTIONS.register(NAMES[_original], _function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAMES[_original], ALL_MASK_ATTENTION_FUNCTIONS[_original])
+
+
+def packed_arguments(table: SegmentTable, device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a backbone for a packed row, besides its ids and positions.
+
+    A mask of four dimensions is handed to the layers as it is: transformers builds none. The layers
+    read the table instead.
+    """
+    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return {"attention_mask": placeholder, "packed_table": table}

@@ -1,0 +1,60 @@
+"""A packed row through a model's backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import SegmentTable, packed_arguments
+from .layout import Packed
+
+
+def packed_states(
+    backbone: Any, packed: Packed, layers: int, **keywords: Any
+) -> tuple[Any, Tensor]:
+    """Run a backbone of so many layers on a packed row; return its output, and the hidden states
+    [S, H] that score the S tokens.
+
+    Raises:
+        RuntimeError: a layer did not hand the layout to its attention, so that completions have
+            seen each other.
+    """
+    table = segment_table(packed)
+    ids = packed.input_ids
+    states = backbone(
+        input_ids=ids,
+        position_ids=packed.position_ids,
+        **packed_arguments(table, ids.device),
+        **keywords,
+    )
+    _check_received(table, backbone, layers)
+    hidden = states.last_hidden_state
+    # A prompt's last state is taken once for each completion. Backward adds what comes back for it;
+    # of two addends the order does not matter.
+    return states, hidden[0].index_select(0, packed.rows.to(hidden.device))
+
+
+# torch.compile must not look into either: it would compile anew for every layout.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def segment_table(packed: Packed) -> SegmentTable:
+    return SegmentTable(packed.segments)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check_received(table: SegmentTable, backbone: Any, layers: int) -> None:
+    if table.calls < layers:
+        raise RuntimeError(
+            f"{table.calls} of {layers} layers of {type(backbone).__name__} received the layout of "
+            "a packed row. Pass share_prompts=False, and report the model and the version of "
+            "transformers."
+        )
+
+
+def repeated(router_logits: Sequence[Tensor], packed: Packed) -> tuple[Tensor, ...]:
+    """Router logits [N, experts] of each layer as padded rows would have them without padding:
+    a prompt's tokens count once for each of its completions."""
+    index = packed.repeated()
+    return tuple(logits.index_select(0, index.to(logits.device)) for logits in router_logits)

@@ -1,0 +1,76 @@
+"""Groups of random tokens, and the two layouts of them: padded rows, and one packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from fusedpo._packing.layout import Group, pack
+from torch import Tensor
+
+VOCABULARY = 96
+# Prompt and completions; among them an empty prompt, empty completions, single tokens.
+LENGTHS = ((7, (9, 4)), (0, (6, 1)), (1, (0, 12)), (12, (1,)), (5, (3, 3, 8)), (0, (0, 5)))
+
+
+def make_groups(lengths: Any = LENGTHS, seed: int = 0) -> list[Group]:
+    numbers = np.random.default_rng(seed)
+
+    def tokens(count: int) -> Any:
+        return numbers.integers(5, VOCABULARY, count)
+
+    return [Group(tokens(p), [tokens(c) for c in completions]) for p, completions in lengths]
+
+
+def padded(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Every completion as a row of its own, with its prompt, padded on the right."""
+    rows = [(prompt, each) for prompt, completions, _ in groups for each in completions]
+    shape = len(rows), max(2, *(len(prompt) + len(each) for prompt, each in rows))
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, -100),
+    }
+    for i, (prompt, each) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(each)
+        batch["input_ids"][i, :end] = torch.from_numpy(np.concatenate([prompt, each]))
+        batch["attention_mask"][i, :end] = 1
+        batch["labels"][i, start:end] = batch["input_ids"][i, start:end]
+    return batch
+
+
+def padded_logps(model: Any, groups: Sequence[Group], **options: Any) -> list[Tensor]:
+    """Log-probs of the tokens of each completion, from padded rows."""
+    batch = padded(groups)
+    log_probs = model(**batch, fused_lm_head=True, **options).log_probs
+    return [row[mask] for row, mask in zip(log_probs, batch["labels"][:, 1:] != -100, strict=True)]
+
+
+def packed_logps(model: Any, groups: Sequence[Group], **options: Any) -> list[Tensor]:
+    """The same from one packed row."""
+    row = pack(groups)
+    output = model(packed=row, fused_lm_head=True, **options)
+    return list(output.log_probs.split(row.counts))
+
+
+def summed(token_logps: Sequence[Tensor]) -> Tensor:
+    """Log-probs of completions in float64, [completions]."""
+    return torch.stack([each.double().sum() for each in token_logps])
+
+
+def backward(token_logps: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
+    """The gradients of a weighted sum of sequence log-probs, by parameter."""
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(len(token_logps), generator=generator, dtype=torch.float64)
+    model.zero_grad()
+    (summed(token_logps) * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    assert got.keys() == want.keys()
+    squares = [((got[name] - want[name]).double() ** 2).sum() for name in want]
+    norms = [(each.double() ** 2).sum() for each in want.values()]
+    return float((sum(squares) / sum(norms)) ** 0.5)
