@@ -14,12 +14,12 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 from datasets import Dataset
 from fusedpo.trl import FusedDPOTrainer
 from safetensors.torch import load_file
-from test_trl_trainer import lora
 from transformers import TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer, TrlParser
 from trl_helpers import (
     assert_equal_logs,
     logged,
+    lora,
     make_config,
     make_model,
     make_pairs,

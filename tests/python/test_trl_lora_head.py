@@ -102,7 +102,8 @@ class Recording(FusedDPOTrainer):
         self.start = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        self.batches.append({name: value.clone() for name, value in inputs.items()})
+        tensors = {n: value for n, value in inputs.items() if isinstance(value, Tensor)}
+        self.batches.append({name: value.clone() for name, value in tensors.items()})
         return super()._compute_loss(model, inputs, return_outputs)
 
 

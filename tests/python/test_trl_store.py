@@ -21,13 +21,14 @@ from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.ref_batches import records_of_batch
 from fusedpo.trl.versions import at_least
 from precompute_helpers import contents, exact, write_inputs
-from test_trl_trainer import lora, lora_model
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig
 from trl_helpers import (
     assert_equal_logs,
     conversational,
     logged,
+    lora,
+    lora_model,
     make_config,
     make_model,
     make_pairs,

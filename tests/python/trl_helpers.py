@@ -193,6 +193,26 @@ def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:
     return model
 
 
+def lora(**options: Any) -> Any:
+    """A small adapter on the attention."""
+    import peft
+
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+
+
+def lora_model() -> Any:
+    """A model with an adapter that was trained a little: with the initial zeros in B, adapter and
+    base model could not be told apart."""
+    import peft
+
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make_model(), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 def make_pairs(count: int = 16, seed: int = 0) -> list[dict[str, str]]:
     """Return preferences in which the chosen sentence repeats the subject of the prompt."""
     random_state = random.Random(seed)
