@@ -9,7 +9,7 @@ mkdir -p build
 scripts/build_cpp_tests.sh "$venv" build/cpp-tests || exit 1
 build/cpp-tests/tests/cpp/fusedpo_test --gtest_brief=1 2>&1 | tee build/gtest.log
 cpp=$?
-"$venv/bin/python" -m pytest "$@" 2>&1 | tee build/pytest.log
+scripts/pytest.sh "$venv/bin/python" "$@" 2>&1 | tee build/pytest.log
 python=$?
 
 echo

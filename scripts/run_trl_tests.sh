@@ -12,7 +12,7 @@ summaries=()
 for version in "${versions[@]}"; do
   echo "=== TRL $version"
   log=build/pytest-trl-$version.log
-  "$folder/$version/bin/python" -m pytest -m trl "$@" 2>&1 | tee "$log" || status=1
+  scripts/pytest.sh "$folder/$version/bin/python" -m trl "$@" 2>&1 | tee "$log" || status=1
   summaries+=("TRL $version: $(tail -n 1 "$log")")
 done
 echo

@@ -9,7 +9,7 @@ export FUSEDPO_TEST_CUDA_HOST
 # Left out: what runs in processes of its own, which load no emulation, rows by the million, and
 # peaks of memory, which an emulated product takes more of.
 left_out="not process_to_process and not 2_to_the_31 and not peak_memory"
-tests() { "$venv/bin/python" -m pytest --durations=5 -k "$left_out" "${@/#/tests/python/}"; }
+tests() { scripts/pytest.sh "$venv/bin/python" --durations=5 -k "$left_out" "${@/#/tests/python/}"; }
 
 tests test_cuda_host.py test_token_logps.py test_linear_logps.py test_gradients.py test_contract.py \
   test_autocast.py test_extremes.py test_losses.py
