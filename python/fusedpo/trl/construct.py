@@ -39,16 +39,19 @@ def construction(
     up; the lock keeps two trainers that are built in two threads from restoring each other's.
     """
     metrics = (*_POLICY_METRICS, "log_sum_sq_probs") if args.use_weighting else _POLICY_METRICS
-    to_load = []  # the metrics of the heads of the models that are loaded, in this order
-    for each, outputs in ((model, metrics), (ref_model, ())):
+    to_load = []  # the models that are loaded, in this order, with the metrics of their heads
+    for name, each, outputs in (("policy", model, metrics), ("reference", ref_model, ())):
         if each is None or isinstance(each, str):
-            to_load.append(outputs)
+            to_load.append((name, outputs))
         else:
             add_fused_head(base_model(each), outputs=outputs)
 
     def create_model_from_path(*arguments: Any, **keywords: Any) -> Any:
+        name, outputs = to_load.pop(0)
+        if store is not None and name == "reference":
+            return None
         loaded = originals["create_model_from_path"](*arguments, **keywords)
-        add_fused_head(loaded, outputs=to_load.pop(0))
+        add_fused_head(loaded, outputs=outputs)
         return loaded
 
     replacements: dict[str, Any] = {
@@ -64,7 +67,9 @@ def construction(
             name: vars(_trl_dpo)[name] for name in replaced_names() if name in replacements
         }
         precompute = args.precompute_ref_log_probs
-        args.precompute_ref_log_probs = precompute or store is not None
+        # TRL refuses to precompute with pictures, which is not what is done here.
+        if store is not None and not store.images:
+            args.precompute_ref_log_probs = True
         vars(_trl_dpo).update({name: replacements[name] for name in originals})
         try:
             yield

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fusedpo._precompute.records import Record
+from fusedpo.trl import ref_images
 from fusedpo.trl.shared_prompt import KEY
 
 # What the keys of a store cover, or what changes no log-prob.
@@ -36,9 +38,15 @@ def records_of_batch(inputs: Mapping[str, Any]) -> list[Record]:
     padding on either side makes no difference.
 
     Raises:
-        ValueError: the batch holds more that the model is given, for example pixels.
+        ValueError: the batch holds more that the model is given, for example pixels of which nobody
+            has told the rows (ref_images).
     """
-    other = [name for name in inputs if name not in _COVERED]
+    images = inputs.get(ref_images.KEY)
+    other = [
+        name
+        for name in inputs
+        if name not in _COVERED and (images is None or not ref_images.is_of_images(name))
+    ]
     if other:
         raise ValueError(
             f"a reference store covers token ids; the batch also has {', '.join(other)}, on which "
@@ -49,7 +57,15 @@ def records_of_batch(inputs: Mapping[str, Any]) -> list[Record]:
     records = []
     for row, real, scored in zip(ids, attention != 0, completion != 0, strict=True):
         records.append(Record(row[real & ~scored], row[real & scored]))
-    return records
+    if images is None:
+        return records
+    # The pictures stand before the prompt that has them.
+    return [
+        record
+        if digest[0] < 0
+        else Record(np.concatenate([digest, record.prompt]), record.completion)
+        for digest, record in zip(images.cpu().numpy(), records, strict=True)
+    ]
 
 
 class CollatedRows:

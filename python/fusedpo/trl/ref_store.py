@@ -37,6 +37,7 @@ from fusedpo._store_columns import wrong_count
 from fusedpo._store_identity import compared, differences
 from fusedpo.store import RefStore, StoreError
 from fusedpo.trl.ref_batches import CollatedRows, records_of_batch
+from fusedpo.trl.ref_images import DigestingCollator, has_images, image_settings
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MISS = ("compute", "error")
@@ -51,6 +52,7 @@ class RefStoreOptions:
     miss: str
     identity: str
     own: bool  # made by the trainer below output_dir, one folder for each reference
+    images: bool  # the data set has pictures
 
     @staticmethod
     def of(
@@ -69,10 +71,11 @@ class RefStoreOptions:
         if own and not args.precompute_ref_log_probs:
             return None
         name = "precompute_ref_log_probs=True" if own else "ref_store"
-        if {"image", "images"} & set(getattr(train_dataset, "column_names", None) or ()):
+        images = has_images(train_dataset)
+        if own and images:
             raise ValueError(
-                f"{name} works on text; this data set has images. The keys of a store are made of "
-                "token ids, so two images under one text would share a value."
+                f"{name} needs a data set of text, which is prepared before the training; this one "
+                "has images. Pass ref_store=..., which looks records up as they come."
             )
         if args.sync_ref_model:
             raise ValueError(
@@ -80,7 +83,7 @@ class RefStoreOptions:
                 "during training. Use one of the two."
             )
         path = pathlib.Path(args.output_dir) / "ref_store" if own else pathlib.Path(ref_store)
-        return RefStoreOptions(path, ref_miss, ref_identity, own)
+        return RefStoreOptions(path, ref_miss, ref_identity, own, images)
 
 
 class StoredReference:
@@ -97,6 +100,8 @@ class StoredReference:
         refuse_sharded(model, trainer.accelerator.num_processes)
         with adapter:
             self._identity = self._identify(model)
+        if options.images:
+            trainer.data_collator = DigestingCollator(trainer.data_collator)
         self._append = options.miss == "compute"
         self.path, self._store = self._open()
         self._writer: Any = None
@@ -106,7 +111,10 @@ class StoredReference:
 
     def _identify(self, model: Any) -> dict[str, Any]:
         autocast = None if self._autocast is None else str(self._autocast).removeprefix("torch.")
-        return model_identity(model, autocast=autocast)
+        identity = model_identity(model, autocast=autocast)
+        if self._options.images:
+            identity["images"] = image_settings(self._trainer.processing_class)
+        return identity
 
     def _open(self) -> tuple[str, RefStore]:
         options = self._options
@@ -157,10 +165,9 @@ class StoredReference:
         accelerator = self._trainer.accelerator
         lacking: list[tuple[str, CollatedRows, RecordIndex]] = []
         for name, dataset in splits.items():
-            if not isinstance(dataset, Dataset):
-                accelerator.print(
-                    f"fusedpo: {self.path}: {name} is a stream, looked up as it comes"
-                )
+            if self._options.images or not isinstance(dataset, Dataset):
+                what = "has images" if self._options.images else "is a stream"
+                accelerator.print(f"fusedpo: {self.path}: {name} {what}, looked up as it comes")
                 continue
             source = CollatedRows(dataset, self._trainer.data_collator)
             index = index_records(source)

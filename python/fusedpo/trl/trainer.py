@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from fusedpo import PairLogps, pair_logps
 from fusedpo._packing.architectures import check_mode
 from fusedpo._precompute.reference import check_head
+from fusedpo.trl import ref_images, shared_prompt
 from fusedpo.trl.bindings import check_attributes
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_call
@@ -28,10 +29,12 @@ from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.parallelism import require_whole_sequences
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
 from fusedpo.trl.refusals import refuse_arguments, refuse_options
-from fusedpo.trl.shared_prompt import KEY, SharedPrompts
+from fusedpo.trl.shared_prompt import SharedPrompts
 from fusedpo.trl.versions import TRAINER
 
-_NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", KEY})
+_NOT_FOR_THE_MODEL = frozenset(
+    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", shared_prompt.KEY, ref_images.KEY}
+)
 
 
 class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
