@@ -117,11 +117,15 @@ def test_ligers_own_loss_is_refused_by_name(folder: Any) -> None:
         train(FusedDPOTrainer, folder, use_liger_kernel=True)
 
 
-def test_an_option_that_a_newer_trl_adds_is_refused_where_it_is_set(folder: Any) -> None:
+def test_an_option_that_a_newer_trl_adds_is_refused_where_it_is_set(
+    folder: Any, monkeypatch: Any
+) -> None:
     newer = dataclasses.make_dataclass(
         "NewerConfig", [("margin_cap", float, dataclasses.field(default=0.0))], bases=(DPOConfig,)
     )
     options = {"output_dir": str(folder), "bf16": False, "use_cpu": True}
+    refusals.refuse_options(newer(**options, margin_cap=1.0))  # a class of the user's
+    monkeypatch.setattr(refusals, "DPOConfig", newer)
     refusals.refuse_options(newer(**options))
     with pytest.raises(ValueError, match=r"DPOConfig.margin_cap=1.0 is not known to this fusedpo"):
         refusals.refuse_options(newer(**options, margin_cap=1.0))

@@ -82,7 +82,8 @@ def refuse_options(config: Any) -> None:
     if not isinstance(config, DPOConfig):
         raise TypeError(f"args must be a trl.DPOConfig; got {type(config).__name__}.")
     inherited = {each.name for each in dataclasses.fields(TrainingArguments)}
-    for each in dataclasses.fields(config):
+    # TRL's fields; what a class of the user's adds is the user's.
+    for each in dataclasses.fields(DPOConfig):
         if each.name in _KNOWN or each.name in inherited:
             continue
         value = getattr(config, each.name)
