@@ -25,6 +25,10 @@ SETUPS: dict[str, Any] = {
         "keywords": {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])},
         "with_ref_model": False,
     },
+    "LoRA on the head": {
+        "keywords": {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])},
+        "with_ref_model": False,
+    },
     "a list of losses": {
         "loss_type": ["sigmoid", "bco_pair", "sft"],
         "loss_weights": [0.8, 0.2, 1],

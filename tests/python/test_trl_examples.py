@@ -118,6 +118,7 @@ def test_cpo_and_orpo_losses_equal_trls_experimental_trainers(
     theirs = [
         {k: v for k, v in entry.items() if k.removeprefix("eval_") not in unlike} for entry in want
     ]
-    assert_within_contract(got, theirs)
+    # AlphaPO's rewards are exponentials: tens of nats here.
+    assert_within_contract(got, theirs, subtracted=50.0 if name == "AlphaPO" else 10.0)
     losses = [entry["loss"] for entry in want if "loss" in entry]
     assert max(losses) - min(losses) > 1e-2

@@ -167,17 +167,19 @@ def without_times(trainer: Any) -> list[dict[str, float]]:
     return [{k: v for k, v in entry.items() if "time" not in k} for entry in logged(trainer)]
 
 
-def assert_within_contract(got: list[dict[str, float]], want: list[dict[str, float]]) -> None:
+def assert_within_contract(
+    got: list[dict[str, float]], want: list[dict[str, float]], subtracted: float = 10.0
+) -> None:
     """Loss and metrics 1e-5, norms of gradients 1e-4, relative.
 
-    Rewards and divergences are differences of log-probs of tens of nats, and an advantage-weighted
-    loss may cancel to 0: their rounding errors are absolute.
+    Rewards and divergences are differences of numbers of the size `subtracted`, in nats, and an
+    advantage-weighted loss may cancel to 0: their rounding errors are absolute.
     """
     assert len(got) == len(want)
     for step, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         assert mine.keys() == theirs.keys(), f"step {step}"
         for name, value in theirs.items():
-            floor = 1e-5 if "rewards/" in name or "kl" in name else 1e-6
+            floor = 1e-6 * subtracted if "rewards/" in name or "kl" in name else 1e-6
             limit = max((1e-4 if "grad_norm" in name else 1e-5) * abs(value), floor)
             assert abs(mine[name] - value) <= limit, f"step {step}: {name} {mine[name]} != {value}"
 
