@@ -212,7 +212,7 @@ class SharedPrompts:
             except NotShareableError as error:
                 self._give_up(str(error))
                 return None
-        batch: PackedBatch = packed.to(inputs["input_ids"].device)
+        batch: PackedBatch = packed.to(inputs["input_ids"].device, non_blocking=True)
         inputs[KEY] = batch
         return batch
 
