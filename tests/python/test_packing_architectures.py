@@ -175,6 +175,17 @@ def test_options_that_break_exactness_are_refused_by_name() -> None:
         use_packed_attention(llama)
 
 
+def test_model_that_takes_images_is_refused() -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.Gemma3Config(
+        text_config={**_SIZES, "vocab_size": VOCABULARY, "head_dim": 8},
+        vision_config={**vision, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    assert "more than text" in str(why_not_exact(model))
+
+
 def test_code_from_elsewhere_is_refused() -> None:
     class Remote(transformers.LlamaForCausalLM):  # type: ignore[misc]
         pass

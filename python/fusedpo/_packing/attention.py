@@ -160,6 +160,10 @@ def _fused(
     if not queries:
         return q
     plain = queries == keys and (window is None or keys <= window)
+    shared = q.shape[1] // k.shape[1]  # query heads per key head
+    if shared > 1 and not plain and q.device.type == "cuda":
+        # With a mask and fewer key heads CUDA has no fused kernel.
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -56,5 +56,5 @@ def _check_received(table: SegmentTable, backbone: Any, layers: int) -> None:
 def repeated(router_logits: Sequence[Tensor], packed: Packed) -> tuple[Tensor, ...]:
     """Router logits [N, experts] of each layer as padded rows would have them without padding:
     a prompt's tokens count once for each of its completions."""
-    index = packed.repeated()
+    index = packed.repeated().to(router_logits[0].device, non_blocking=True)
     return tuple(logits.index_select(0, index.to(logits.device)) for logits in router_logits)

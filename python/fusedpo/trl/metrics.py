@@ -80,10 +80,10 @@ def step_metrics(
         "logps/rejected": total(policy.rejected.detach()),
     }
     counts = {"pairs": pairs, "tokens/computed": tokens[0], "tokens/padded": tokens[1]}
-    pair_values = torch.stack(list(pair_sums.values()))
-    count_values = torch.tensor(list(counts.values()), dtype=dtype, device=device)
+    # Filled on the device: a copy from the host would wait for it.
+    filled = [torch.full((), count, dtype=dtype, device=device) for count in counts.values()]
     token_rows = accelerator.gather_for_metrics(torch.stack(list(token_sums.values())).unsqueeze(0))
-    pair_rows = accelerator.gather(torch.cat([pair_values, count_values]).unsqueeze(0))
+    pair_rows = accelerator.gather(torch.stack([*pair_sums.values(), *filled]).unsqueeze(0))
     numbers = torch.cat([token_rows.sum(dim=0), pair_rows.sum(dim=0)]).tolist()  # the only transfer
     sums = dict(zip([*token_sums, *pair_sums, *counts], numbers, strict=True))
 

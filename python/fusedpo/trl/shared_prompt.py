@@ -196,23 +196,25 @@ class SharedPrompts:
             f"fusedpo: prompts are not shared, batches are padded as TRL pads them: {reason}"
         )
 
-    def batch(self, inputs: Mapping[str, Any]) -> PackedBatch | None:
-        """Return the packed form of a batch, or None where it is to be run padded.
+    def batch(self, inputs: dict[str, Any]) -> PackedBatch | None:
+        """Return the packed form of a batch, or None where it is to be run padded. It is kept in
+        the batch: the reference and the metrics need it again.
 
         Raises:
             ValueError: `share_prompts` is True, and the batch cannot be packed.
         """
         if not self.active:
             return None
-        batch = inputs.get(KEY)
-        if batch is None:
+        packed = inputs.get(KEY)
+        if packed is None:
             try:
-                batch = pack_batch(inputs)  # a collator of the user's own: waits for the device
+                packed = pack_batch(inputs)  # not from our collator: waits for the device
             except NotShareableError as error:
                 self._give_up(str(error))
                 return None
-        packed: PackedBatch = batch.to(inputs["input_ids"].device)
-        return packed
+        batch: PackedBatch = packed.to(inputs["input_ids"].device, non_blocking=True)
+        inputs[KEY] = batch
+        return batch
 
 
 def _dispatches(trainer: Any) -> bool:

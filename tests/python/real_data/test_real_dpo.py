@@ -191,6 +191,7 @@ def test_200_steps_with_shared_prompts_follow_those_without(
     print(f"{computed:.0f} tokens instead of {whole:.0f}")
     # These prompts are short: what is saved is the padding.
     assert computed < whole / 1.1
-    # Rounding differs by 1e-7 in each step, and each step builds on the ones before.
+    # The sums of a step are formed in another order, and each step builds on the ones before.
+    assert max(differences) < 1e-4
     assert_equal_logs(got, want, rel=1e-3, abs_=1e-4)
     assert losses[0] - min(losses) > 0.3
