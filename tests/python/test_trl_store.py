@@ -20,13 +20,14 @@ from fusedpo._precompute.records import keys_of
 from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.ref_batches import records_of_batch
 from precompute_helpers import contents, exact, write_inputs
-from test_trl_trainer import lora, lora_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 from trl_helpers import (
     assert_equal_logs,
     conversational,
     logged,
+    lora,
+    lora_model,
     make_config,
     make_model,
     make_pairs,

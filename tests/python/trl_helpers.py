@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -96,6 +97,20 @@ def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:
     head.weight.data[_USED:] *= 0.3
     if head.bias is not None:
         torch.nn.init.normal_(head.bias[:_USED])
+    return model
+
+
+def lora(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+
+
+def lora_model() -> Any:
+    # Trained a little: with the initial zeros in B, adapter and base model could not be told apart.
+    torch.manual_seed(3)
+    model = peft.get_peft_model(make_model(), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
     return model
 
 
