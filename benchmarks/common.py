@@ -128,12 +128,12 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         # 5 resets the high-water mark to what is resident now (Linux).
         pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self._before = self._status("VmRSS")
+        self.before = self._status("VmRSS")
         self.extra_bytes = 0
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.extra_bytes = self._status("VmHWM") - self._before
+        self.extra_bytes = self._status("VmHWM") - self.before
 
     @staticmethod
     def _status(field: str) -> int:

@@ -1,8 +1,8 @@
 """python -m benchmarks.readme: writes README's tables from benchmarks/results/<machine>/*.json.
 
-One table per pair of marks that README.md has: `head` (CPU) and `gpu`. Without an argument it
-rewrites README.md; with --check it only says whether README.md is up to date (exit status 1 if
-not). Rehearsals of the GPU benchmarks never get into it.
+One table per pair of marks that README.md has: `step` (whole steps), `head` (CPU), `store`, `gpu`.
+Without an argument it rewrites README.md; with --check it only says whether README.md is up to date
+(exit status 1 if not). Rehearsals of the GPU benchmarks never get into it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ MARKS = {
         f"<!-- {name}: from benchmarks/results by `python -m benchmarks.readme` -->",
         f"<!-- /{name} -->",
     )
-    for name in ("head", "gpu")
+    for name in ("step", "head", "store", "gpu")
 }
+NO_FIGURE = "Nothing has been measured yet."
 NO_GPU_FIGURE = "Nothing has been measured on a GPU yet: there is no figure to show."
 DTYPES = {"fp32": "fp32", "bf16": "bf16", "amp": "fp32 under bf16 autocast"}
 HEADS = {"frozen": "head frozen", "trained": "head trained", "nograd": "no gradient"}
@@ -78,6 +79,68 @@ def table(path: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def step_table(path: pathlib.Path) -> str:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    env, cases = content["environment"], content["cases"]
+    layers = cases[0]["case"]["layers"]
+    lines = [
+        "Whole steps of DPO on real prompts, Qwen2.5-0.5B's shape, "
+        f"{DTYPES[cases[0]['case']['dtype']]}. "
+        f"{env['cpu']}, {env['threads']} threads, {' '.join(env['flags'])}; "
+        f"torch {env['versions']['torch']}, TRL {env['versions']['trl']}. "
+        "How many times faster than TRL's a step is, and its peak memory above the weights as a "
+        "share of TRL's.",
+        "",
+    ]
+    names = [name for name in cases[0]["runs"] if name != "trl"]
+    lines += ["| data, pairs per step, what is trained | TRL s/step | " + " | ".join(names) + " |"]
+    lines += ["|---" * (len(names) + 2) + "|"]
+    for case in cases:
+        what, runs = case["case"], case["runs"]
+        trl = runs["trl"]
+        cells = [f"{trl['step_of_24_layers_s']:.1f}"]
+        for name in names:
+            run = runs.get(name, {})
+            if "step_of_24_layers_s" not in run:
+                cells.append("-")
+                continue
+            faster = trl["step_of_24_layers_s"] / run["step_of_24_layers_s"]
+            memory = run["extra_bytes"] / trl["extra_bytes"]
+            cells.append(f"{faster:.1f}x, {memory:.2f}")
+        title = f"{case['file']}, {what['pairs']}, {what['train']}"
+        lines.append("| " + " | ".join([title, *cells]) + " |")
+    if cases[0]["extrapolated"]:
+        lines += [
+            "",
+            f"Measured with {layers} of the 24 layers; the time of the others is that of the "
+            "layers that were measured. Memory is as measured.",
+        ]
+    lines += ["", f"From `{path.relative_to(ROOT)}`, commit `{env['commit'][:7]}`."]
+    return "\n".join(lines)
+
+
+def store_table(path: pathlib.Path) -> str:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    env, results = content["environment"], content["results"]
+    ours = results["fusedpo"]
+    lines = [
+        f"{ours['records'] / 1e6:.0f} million records, {env['cpu']}. Appending to LMDB and SQLite "
+        "sorts, too; the store sorts when it merges, which took "
+        f"{ours['merge']['wall_s']:.1f} s and "
+        f"{ours['merge']['resident_peak_bytes'] / 2**20:.0f} MiB.",
+        "",
+        "| | append, records/s | lookup, keys/s | open, ms | bytes per record |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        lines.append(
+            f"| {name} | {result['append']['per_s']:,.0f} | {result['lookup']['per_s']:,.0f} "
+            f"| {1e3 * result['open']['wall_s']:.2f} | {result['bytes'] / result['records']:.0f} |"
+        )
+    lines += ["", f"From `{path.relative_to(ROOT)}`, commit `{env['commit'][:7]}`."]
+    return "\n".join(lines)
+
+
 # ---- GPU ----------------------------------------------------------------------------------------
 
 PEERS = {"ours": "fusedpo", "trl": "TRL", "compile": "torch.compile", "eager": "eager"}
@@ -124,10 +187,10 @@ def gpu_table(folder: pathlib.Path) -> str:
 # ---- README.md ----------------------------------------------------------------------------------
 
 
-def newest(on_gpu: bool) -> pathlib.Path | None:
-    """The newest head.json of a CPU or of a GPU."""
+def newest(benchmark: str, on_gpu: bool = False) -> pathlib.Path | None:
+    """The newest result of a benchmark on a CPU or on a GPU."""
     dates = {}
-    for path in RESULTS.glob("*/head.json"):
+    for path in RESULTS.glob(f"*/{benchmark}.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if bool(content["environment"].get("gpu")) == on_gpu and not content.get("rehearsal"):
             dates[path] = content["environment"]["date"]
@@ -135,11 +198,17 @@ def newest(on_gpu: bool) -> pathlib.Path | None:
 
 
 def updated(readme: str) -> str:
-    cpu, gpu = newest(on_gpu=False), newest(on_gpu=True)
-    texts = {
-        "head": "Nothing has been measured yet." if cpu is None else table(cpu),
-        "gpu": NO_GPU_FIGURE if gpu is None else gpu_table(gpu.parent),
+    makers = {
+        "step": ("dpo_step", step_table),
+        "head": ("head", table),
+        "store": ("store", store_table),
     }
+    texts = {}
+    for name, (benchmark, make) in makers.items():
+        path = newest(benchmark)
+        texts[name] = NO_FIGURE if path is None else make(path)
+    gpu = newest("head", on_gpu=True)
+    texts["gpu"] = NO_GPU_FIGURE if gpu is None else gpu_table(gpu.parent)
     for name, (begin, end) in MARKS.items():
         if begin in readme:
             before, rest = readme.split(begin)

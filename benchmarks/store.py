@@ -1,6 +1,6 @@
 """The reference store beside LMDB and SQLite: append, merge, open, look up.
 
-    python -m benchmarks.store [--records 10000000] [--peer-records 1000000] [--output FILE]
+    python -m benchmarks.store [--records 10000000] [--output FILE]
 
 Every lookup is compared with what was stored before it is timed. Wall-clock and CPU seconds are
 both reported: on a busy machine the CPU seconds tell what the work costs.
@@ -220,7 +220,6 @@ TARGETS = {  # name -> (path of the figure, bound, whether more is better)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=10_000_000)
-    parser.add_argument("--peer-records", type=int, default=1_000_000)
     parser.add_argument("--folder", help="where the stores are made (default: the system's)")
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
@@ -228,11 +227,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         root = pathlib.Path(folder)
-        small = Data(arguments.peer_records)
-        results["fusedpo"] = ours(root / "large", Data(arguments.records))
-        results["fusedpo_same_size_as_peers"] = ours(root / "small", small)
-        results["lmdb"] = lmdb_peer(root / "lmdb", small)
-        results["sqlite"] = sqlite_peer(root / "sqlite", small)
+        data = Data(arguments.records)
+        results["fusedpo"] = ours(root / "fusedpo", data)
+        results["lmdb"] = lmdb_peer(root / "lmdb", data)
+        results["sqlite"] = sqlite_peer(root / "sqlite", data)
     targets = {}
     for name, ((section, field), bound, more) in TARGETS.items():
         value = results["fusedpo"][section][field]

@@ -15,7 +15,8 @@ tests/cuda_host/faults/*.toml:
 
 A fault whose text is gone, or that does not compile, is an error, so faults cannot rot. Each one
 compiles one or two files and links and runs the tests of its filter until the first failure.
-FUSEDPO_FAULTS_EVERY is the default of --every: 10 plants every tenth fault.
+FUSEDPO_FAULTS_EVERY is the default of --every: 10 plants every tenth fault, beginning
+with one that the commit decides, so that in time every fault gets its turn.
 """
 
 from __future__ import annotations
@@ -157,6 +158,13 @@ def try_fault(builder: Builder, fault: Fault) -> tuple[Fault, str | None, float]
     return fault, noticed, time.monotonic() - start
 
 
+def first_of(every: int) -> int:
+    """Where the sample begins: a number below `every`, another one for another commit."""
+    ask = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    return int(found[:8] or "0", 16) % every
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -176,9 +184,8 @@ def main() -> int:
         print("\n".join(problems), file=sys.stderr)
         print("The sources have changed: change the faults with them.", file=sys.stderr)
         return 1
-    chosen = [f for f in faults if re.search(args.only, f"{f.name} {f.file} {f.why}")][
-        :: args.every
-    ]
+    chosen = [f for f in faults if re.search(args.only, f"{f.name} {f.file} {f.why}")]
+    chosen = chosen[first_of(args.every) :: args.every]
     builder = Builder(args.build.resolve(), args.ninja)
     # A test that fails anyway would notice every fault.
     filters = ":".join(sorted({fault.tests for fault in chosen}))

@@ -9,10 +9,6 @@ void copy_to_host(void* to, const void* from, size_t bytes, Stream stream) {
   check(cudaStreamSynchronize(stream), "waiting for the stream");
 }
 
-void fill_zero(void* to, size_t bytes, Stream stream) {
-  if (bytes != 0) check(cudaMemsetAsync(to, 0, bytes, stream), "filling memory");
-}
-
 bool is_capturing(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status), "asking a stream whether it is capturing");

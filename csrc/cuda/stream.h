@@ -17,8 +17,6 @@ using Stream = CUstream_st*;  // cudaStream_t
 // Waits for `stream` and copies to host memory; not under capture.
 void copy_to_host(void* to, const void* from, size_t bytes, Stream stream);
 
-void fill_zero(void* to, size_t bytes, Stream stream);
-
 bool is_capturing(Stream stream);
 
 // CUDA_VERSION of the runtime linked in, and of the newest runtime the driver serves; 0 without

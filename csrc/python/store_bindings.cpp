@@ -255,6 +255,8 @@ PYBIND11_MODULE(_store, m) {
         without_gil([&] { FileSystem::posix().sync_directory(path); });
       },
       py::arg("path"));
+  m.def("agree", &agree, py::arg("a"), py::arg("b"), py::arg("tolerance"),
+        "Whether two log-probs of one key may be taken for the same number.");
   m.def("verify", &verify, py::arg("directory"), py::arg("identity"), py::arg("tolerance"),
         py::arg("limit"), py::arg("memory_bytes"));
 

@@ -31,7 +31,7 @@ std::string number(double value) {
 }  // namespace
 
 bool agree(double a, double b, double tolerance) {
-  return std::abs(a - b) <= tolerance * std::max({1.0, std::abs(a), std::abs(b)});
+  return std::abs(a - b) <= tolerance * std::max({kAgreeFloor, std::abs(a), std::abs(b)});
 }
 
 SortedRecords::SortedRecords(std::vector<LogSource> logs,
@@ -207,14 +207,12 @@ Item SortedRecords::resolve(std::vector<Item>& group) {
     }
   }
   if (!winner.record.has_tokens) return winner;
-  // Single values may differ by what their sum may differ by.
-  const double allowed = tolerance_ * std::max({1.0, std::abs(low->record.logp)});
   std::vector<float> best = tokens(winner);
   for (const Item& item : group) {
     if (!item.record.has_tokens) continue;
     std::vector<float> values = tokens(item);
     for (std::size_t t = 0; t < values.size(); ++t) {
-      if (std::abs(double{values[t]} - double{best[t]}) <= allowed) continue;
+      if (agree(values[t], best[t], tolerance_)) continue;
       contradiction(winner, item,
                     "token log-probs " + number(best[t]) + " and " + number(values[t]) +
                         " at position " + std::to_string(t));

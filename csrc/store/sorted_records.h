@@ -32,8 +32,10 @@ struct Item {
   std::uint64_t position = 0;
 };
 
-// Whether two values for one key may be taken for the same number: relative to the larger one, and
-// never less than the tolerance itself, because values near 0 are sums of larger ones.
+// Whether two log-probs of one key (sums, or values of one token) may be taken for the same number:
+// |a - b| <= tolerance * max(kAgreeFloor, |a|, |b|). The floor is there because a log-prob near 0
+// is the difference of two numbers as large as the logits, and carries their rounding.
+constexpr double kAgreeFloor = 32;
 bool agree(double a, double b, double tolerance);
 
 class SortedRecords {

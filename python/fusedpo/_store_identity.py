@@ -1,7 +1,10 @@
 """identity.json: what a store was made with. Written once, whole or not at all; compared by field.
 
 The identity is a JSON object of the caller. Its field "info", if there is one, is told and not
-compared: library versions, dates. Everything else must be equal for two scores to be mixed.
+compared: library versions, dates. Everything else must be equal for two scores to be mixed, with
+one exception: a field that a store does not know, and that stands at its default in this run, as
+the list info["default_fields"] of dotted names says. So a library that grows a field does not make
+every store another reference.
 """
 
 from __future__ import annotations
@@ -127,6 +130,10 @@ def _short(text: str) -> str:
 def differences(ours: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     """One sentence for each field that differs; [] when the two may be mixed."""
     mine, theirs = _leaves(compared(ours)), _leaves(compared(stored))
+    info = ours.get("info")
+    for name in info.get("default_fields", ()) if isinstance(info, dict) else ():
+        if name not in theirs:
+            mine.pop(name, None)
     return [
         f"{name}: the store has {_short(theirs.get(name, 'no such field'))}, "
         f"this run has {_short(mine.get(name, 'no such field'))}"

@@ -50,8 +50,8 @@ class RefStore:
             not there.
         identity: what the values depend on, a dict of JSON values; see docs/store_format.md. A new
             store needs one; an old one must have the same (but for its field "info").
-        tolerance: by how much two values of one key may differ, relative to the larger one or to 1,
-            to be taken for the same. Only a new store takes it (default 1e-6); an old one keeps
+        tolerance: by how much two values of one key may differ, relative to the larger one or to 32
+            nats, to be taken for the same. Only a new store takes it (default 1e-6); an old one keeps
             its own, see `store.tolerance`.
 
     Raises:

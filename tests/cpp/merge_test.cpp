@@ -7,6 +7,7 @@
 #include <random>
 #include <set>
 
+#include "store/sorted_records.h"
 #include "store_cases.h"
 
 namespace fusedpo {
@@ -156,6 +157,21 @@ TEST(Merge, OtherNumbersOfTokensAreContradictions) {
   write_value(files, 1, -100, 5);
   write_value(files, 2, -100, 6);
   message_of(files, StoreCode::kContradiction);
+}
+
+TEST(Merge, TokenValuesAreHeldToTheirOwnSizeNotToTheSums) {
+  // 2 nats are within the tolerance of a sum of -5e6, not of a token's -1.
+  FaultFileSystem files;
+  write_value(files, 1, -5e6, 2, {-1, -5e6f + 1});
+  write_value(files, 2, -5e6, 2, {-3, -5e6f + 3});
+  message_of(files, StoreCode::kContradiction);
+}
+
+TEST(Merge, TheToleranceIsRelativeAboveTheFloorAndAbsoluteBelow) {
+  EXPECT_TRUE(agree(-500, -495.1, 1e-2));
+  EXPECT_FALSE(agree(-500, -494.9, 1e-2));
+  EXPECT_TRUE(agree(0, -0.31, 1e-2));
+  EXPECT_FALSE(agree(0, -0.33, 1e-2));
 }
 
 TEST(Merge, OtherTokenValuesAreContradictions) {

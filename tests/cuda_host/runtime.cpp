@@ -75,16 +75,6 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unrecognized error code";
 }
 
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-  if (bytes == 0) return cudaSuccess;
-  cuda_host::note({1, 0, stream});
-  std::memset(to, value, bytes);
-  if (cuda_host::DeviceMemory* memory = cuda_host::DeviceMemory::find(to)) {
-    memory->note_written(to, bytes);
-  }
-  return cudaSuccess;
-}
-
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   // Into pageable memory a copy waits for the stream.

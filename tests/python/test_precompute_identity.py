@@ -272,6 +272,20 @@ def test_each_field_that_differs_is_named_with_both_values() -> None:
     ]
 
 
+def test_a_field_that_the_store_lacks_counts_unless_it_is_at_its_default() -> None:
+    """A newer transformers may add fields to a config."""
+    model = make_model()
+    run, store = identity(model), identity(model)
+    del store["model"]["config"]["attention_bias"]  # False by default
+    assert differences(run, store) == []
+    # The other way round nobody knows what the missing field would be.
+    assert differences(store, run) != []
+    model.config.attention_bias = True
+    assert differences(identity(model), store) == [
+        "model.config.attention_bias: the store has no such field, this run has true"
+    ]
+
+
 def test_infinity_in_a_config_is_json() -> None:
     model = make_model()
     model.config.time_step_limit = (0.0, float("inf"))  # as Mamba2, Bamba, Falcon-H1

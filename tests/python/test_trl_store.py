@@ -184,6 +184,33 @@ def test_a_store_made_with_the_defaults_serves_a_training_with_the_defaults(
     assert contents(tmp_path / "refs") == before
 
 
+def test_a_store_of_an_adapter_serves_the_training_that_goes_on_from_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    inputs = write_inputs(tmp_path, rows=8)
+    base = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=torch.float32)
+    torch.manual_seed(3)
+    adapter = str(tmp_path / "adapter")
+    peft.get_peft_model(base, lora(init_lora_weights=False)).save_pretrained(adapter)
+    precompute(*inputs, str(tmp_path / "refs"), ref_adapter=adapter, autocast="no")
+
+    def policy() -> Any:
+        loaded = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(loaded, adapter, is_trainable=True)
+
+    rows = make_pairs(8)
+    stored = with_store(
+        tmp_path,
+        tmp_path / "refs",
+        model=policy(),
+        rows=rows,
+        keywords={"ref_miss": "error"},
+    )
+    assert "ref" in stored.model.peft_config
+    trained = train(FusedDPOTrainer, tmp_path, model=policy(), rows=rows, with_ref_model=False)
+    assert_equal_logs(logged(stored), logged(trained))
+
+
 def test_coverage_is_printed_and_missing_records_can_be_refused(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,11 +45,12 @@ def model_identity(model: Any, *, autocast: str | None, temperature: float = 1.0
     """
     base, adapter, kinds = _tensors_in_force(model)
     attention = getattr(model.config, "_attn_implementation", None)
+    config = _logit_fields(model.config.to_dict())
     return {
         "model": {
             "parameters": _digest(base),
             "tensors": len(base),
-            "config": _logit_fields(model.config.to_dict()),
+            "config": config,
         },
         "adapter": {"types": kinds, "parameters": _digest(adapter)} if adapter else None,
         "scoring": {
@@ -61,6 +62,7 @@ def model_identity(model: Any, *, autocast: str | None, temperature: float = 1.0
         "info": {  # told, never compared
             "model": getattr(model.config, "_name_or_path", ""),
             "versions": _versions(),
+            "default_fields": _default_fields(model.config, config),
         },
     }
 
@@ -91,6 +93,26 @@ def _logit_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         fields[name] = _logit_fields(value) if isinstance(value, Mapping) else _jsonable(value)
     return fields
+
+
+def _default_fields(config: Any, fields: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the fields that have the default of the config's class."""
+    try:
+        defaults = _logit_fields(type(config)().to_dict())
+    except Exception:  # a class of the user's that needs arguments: no field counts as a default
+        return []
+    return [f"model.config.{name}" for name in _equal_leaves(fields, defaults)]
+
+
+def _equal_leaves(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name, value in fields.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and value and isinstance(default, Mapping):
+            names += [f"{name}.{inner}" for inner in _equal_leaves(value, default)]
+        elif name in defaults and value == default:
+            names.append(name)
+    return names
 
 
 def _jsonable(value: Any) -> Any:

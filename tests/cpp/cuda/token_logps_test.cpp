@@ -232,6 +232,23 @@ TEST_P(TokenLogps, ADominatingLogitHasAProbabilityOfOne) {
   }
 }
 
+// The ignored label may be one of the vocabulary's, as for a padding token.
+TEST_P(TokenLogps, AnIgnoredLabelWithinTheVocabularyIsIgnored) {
+  const auto x = random_values(type, 37, 3.0, 9);
+  TypedRows rows(type, 3, 37, Lie::kDense);
+  rows.set({x, x, x});
+  const Scores kept = score(rows, {3, 5, 36}, 1.0, kAllMetrics, 1);
+  const Scores got = score(rows, {3, 5, 36}, 1.0, kAllMetrics, 1, 5);
+  for (const auto& [values, all] :
+       {std::pair{&got.logps, &kept.logps}, std::pair{&got.entropy, &kept.entropy},
+        std::pair{&got.mean_logits, &kept.mean_logits}}) {
+    EXPECT_EQ((*values)[0], (*all)[0]);
+    EXPECT_EQ((*values)[1], 0.0);
+    EXPECT_EQ((*values)[2], (*all)[2]);
+  }
+  EXPECT_NE(kept.logps[1], 0.0);
+}
+
 // Rows that are all one row: a leading stride of 0.
 TEST_P(TokenLogps, ExpandedRowsAreReadWhereTheyLie) {
   const auto x = random_values(type, 37, 3.0, 9);

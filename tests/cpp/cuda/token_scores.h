@@ -20,7 +20,7 @@ struct Scores {
 };
 
 inline Scores score(const TypedRows& logits, const std::vector<int64_t>& labels, double temperature,
-                    unsigned metrics, uint64_t seed) {
+                    unsigned metrics, uint64_t seed, int64_t ignore_index = kIgnore) {
   const DType result = result_of(logits.view.type);
   const size_t n = labels.size();
   const DeviceArray<int64_t> y(labels);
@@ -35,7 +35,7 @@ inline Scores score(const TypedRows& logits, const std::vector<int64_t>& labels,
   if (metrics & kIsTop1) out.is_top1 = reinterpret_cast<bool*>(top1.data());
   cuda_host::set_seed(seed);
   const cuda_host::LaunchLog log;
-  cuda::token_logps(logits.view, y.data(), kIgnore, temperature, metrics, out, stats.data(),
+  cuda::token_logps(logits.view, y.data(), ignore_index, temperature, metrics, out, stats.data(),
                     kStream);
   EXPECT_EQ(log.launches().size(), n == 0 ? 0u : 1u);
   for (const auto& launch : log.launches()) EXPECT_EQ(launch.stream, kStream);
