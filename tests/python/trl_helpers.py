@@ -223,9 +223,13 @@ def logged(trainer: Any) -> list[dict[str, float]]:
 
 
 def assert_equal_logs(
-    got: list[dict[str, float]], want: list[dict[str, float]], rel: float = 1e-4, abs_: float = 1e-6
+    got: list[dict[str, float]],
+    want: list[dict[str, float]],
+    rel: float = 1e-4,
+    abs_: float = 1e-6,
+    rewards: float = 1e-4,
 ) -> None:
-    """Rewards and margins start at 0, where only an absolute difference means anything: 1e-4."""
+    """Rewards and margins start at 0, where only an absolute difference means anything."""
     assert len(got) == len(want)
     for step, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         assert mine.keys() == theirs.keys(), f"step {step}"
@@ -233,7 +237,7 @@ def assert_equal_logs(
             if name.endswith("rewards/accuracies") and _is_tie(theirs):
                 continue
             near_zero = "rewards/" in name and "accuracies" not in name
-            limit = max(1e-4 if near_zero else abs_, rel * abs(value))
+            limit = max(rewards if near_zero else abs_, rel * abs(value))
             assert abs(mine[name] - value) <= limit, f"step {step}: {name} {mine[name]} != {value}"
 
 
