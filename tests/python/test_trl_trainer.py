@@ -55,22 +55,31 @@ DPO_METRICS = {
 # What a trainer logs: averages over micro-batches, and what an evaluation adds. How each step is
 # computed, in many more setups, is compared in test_trl_shadow.
 SETUPS: dict[str, Any] = {
-    "full fine-tuning": {},
-    "logging every other step": {"logging_steps": 2},
-    "uneven batches": {
+    "full fine-tuning": dict,
+    "logging every other step": lambda: {"logging_steps": 2},
+    "uneven batches": lambda: {
         "rows": make_pairs(10),
         "eval_rows": make_pairs(6, seed=1),
         "eval_strategy": "epoch",
     },
-    "gradient accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-    "mixture of experts": {"family": "mixtral", "router_aux_loss_coef": 0.5},
+    "gradient accumulation": lambda: {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    },
+    "prompt tuning": lambda: {
+        "keywords": {
+            "peft_config": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        },
+        "with_ref_model": False,
+    },
+    "mixture of experts": lambda: {"family": "mixtral", "router_aux_loss_coef": 0.5},
 }
 
 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_every_logged_value_equals_trl(setup: str, tmp_path: Any) -> None:
-    theirs = logged(train(DPOTrainer, tmp_path / "trl", **SETUPS[setup]))
-    ours = logged(train(FusedDPOTrainer, tmp_path / "fusedpo", **SETUPS[setup]))
+    theirs = logged(train(DPOTrainer, tmp_path / "trl", **SETUPS[setup]()))
+    ours = logged(train(FusedDPOTrainer, tmp_path / "fusedpo", **SETUPS[setup]()))
     assert theirs[0].keys() >= DPO_METRICS | {"loss", "grad_norm"}
     assert_equal_logs(ours, theirs)
     losses = [entry["loss"] for entry in theirs if "loss" in entry]
@@ -118,6 +127,22 @@ def test_model_given_by_path_gets_a_reference_of_its_own(tmp_path: Any) -> None:
         )
         logs.append(logged(trainer))
     assert_equal_logs(logs[1], logs[0])
+
+
+def test_data_set_of_token_ids_trains_like_its_text(tmp_path: Any) -> None:
+    # DPOTrainer takes text only; what it makes of it is taken here as it is.
+    options: dict[str, Any] = {"max_length": 12, "max_steps": 3}
+    theirs = train(DPOTrainer, tmp_path, eval_rows=make_pairs(6, seed=1), **options)
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    rows = theirs.train_dataset.select_columns(columns).to_list()
+    rows.insert(0, rows[0] | {"prompt_ids": [3] * 12})  # dropped: max_length leaves no completion
+    eval_rows = theirs.eval_dataset.select_columns(columns).to_list()
+    ours = train(FusedDPOTrainer, tmp_path, rows=rows, eval_rows=eval_rows, **options)
+    assert_equal_logs(logged(ours), logged(theirs))
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-5)
+    iterable = theirs.train_dataset.select_columns(columns).to_iterable_dataset()
+    prepared = ours._prepare_dataset(iterable, None, ours.args, "train")
+    assert [row["prompt_ids"] for row in prepared] == [row["prompt_ids"] for row in rows[1:]]
 
 
 def test_evaluate_accepts_a_data_set_that_comes_late(tmp_path: Any) -> None:

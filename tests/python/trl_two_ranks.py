@@ -25,7 +25,18 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOTrainer
-from trl_curves import CURVES, STEPS, Curve, curve, curve_trainer, trained, whole
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl_curves import (
+    CURVES,
+    STEPS,
+    BlankCollator,
+    Curve,
+    curve,
+    curve_trainer,
+    trained,
+    uneven_rows,
+    whole,
+)
 from trl_helpers import logged, make_model, make_pairs, make_trainer, train
 
 
@@ -147,8 +158,9 @@ def fsdp2(folder: pathlib.Path) -> Any:
     """Gradients and parameters of each sharding equal those of whole batches in one process."""
     for name, (family, shard) in SHARDINGS.items():
         for optimizer in (torch.optim.SGD, torch.optim.AdamW):
-            single = make_trainer(FusedDPOTrainer, folder, **_policy(family))
-            sharded = make_trainer(FusedDPOTrainer, folder, **_policy(family))
+            blank = optimizer is torch.optim.SGD  # the second rank has no completion token
+            single = make_trainer(FusedDPOTrainer, folder, **_setup(family, blank))
+            sharded = make_trainer(FusedDPOTrainer, folder, **_setup(family, blank))
             shard(sharded.model)
             want = _steps(single, optimizer, range(4))
             mine = range(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
@@ -157,8 +169,14 @@ def fsdp2(folder: pathlib.Path) -> Any:
     return list(SHARDINGS)
 
 
-def _policy(family: str) -> dict[str, Any]:
-    return {"family": family, "model": make_model(family, seed=1)}
+def _setup(family: str, blank: bool) -> dict[str, Any]:
+    collator = BlankCollator if blank else DataCollatorForPreference
+    return {
+        "family": family,
+        "model": make_model(family, seed=1),
+        "rows": uneven_rows(),
+        "keywords": {"data_collator": collator(pad_token_id=0)},
+    }
 
 
 def _steps(trainer: Any, optimizer_class: Any, rows: range) -> Curve:

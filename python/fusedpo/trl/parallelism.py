@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import accelerate
-from packaging.version import Version
-
 
 def require_whole_sequences(accelerator: Any, *, stored_reference: bool) -> None:
     """Check an accelerator's parallelism.
@@ -20,8 +17,6 @@ def require_whole_sequences(accelerator: Any, *, stored_reference: bool) -> None
         ValueError: context or sequence parallelism, or tensor parallelism with a stored reference;
             the message names the setting.
     """
-    if Version(accelerate.__version__) < Version("1.10.0"):  # knows data parallelism only
-        return
     parallelism = accelerator.parallelism_config
     if parallelism is None:
         return

@@ -32,6 +32,7 @@ from fusedpo.trl.refusals import refuse_arguments, refuse_options
 from fusedpo.trl.shared_prompt import SharedPrompts
 from fusedpo.trl.versions import TRAINER
 
+_TOKEN_COLUMNS = frozenset({"prompt_ids", "chosen_ids", "rejected_ids"})
 _NOT_FOR_THE_MODEL = frozenset(
     {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", shared_prompt.KEY, ref_images.KEY}
 )
@@ -125,6 +126,16 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             self.precompute_ref_logps = False
             self._stored_reference = StoredReference(self, store)
             self._stored_reference.cover(self._splits())
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        """As DPOTrainer's, which needs text; a data set of token ids alone stays as it is, but for
+        the rows whose prompt fills `max_length`."""
+        columns = next(iter(dataset)).keys()
+        if "chosen" in columns or not columns >= _TOKEN_COLUMNS:
+            return super()._prepare_dataset(dataset, processing_class, args, name)
+        if args.max_length is None or args.truncation_mode != "keep_start":
+            return dataset
+        return dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
 
     def _splits(self) -> dict[str, Any]:
         splits = {"train": self.train_dataset}
