@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
 import transformers
+import trl
+from packaging.version import Version
 from shadow_cases import shadow
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_helpers import (
@@ -71,6 +73,8 @@ def lora_setup(adapter: str = "LoRA") -> dict[str, Any]:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapter_trains_as_under_trl(adapter: str, tmp_path: Any) -> None:
+    if adapter in ("prompt tuning", "p-tuning") and Version(trl.__version__) < Version("1.15"):
+        pytest.skip("TRL before 1.15 fails on virtual tokens")
     shadow(tmp_path, lambda: lora_setup(adapter), noise=0.3)
 
 
@@ -159,7 +163,7 @@ WAYS: dict[str, Any] = {
         "ld_alpha": 0.5,
     },
     "weighted pairs and another divergence": lambda: {
-        "loss_type": ["sigmoid_norm", "robust"],
+        "loss_type": ["sigmoid", "robust"],
         "label_smoothing": 0.1,
         "f_divergence_type": "js_divergence",
         "use_weighting": True,
