@@ -32,6 +32,8 @@ pytestmark = [
         not torch.distributed.is_gloo_available(), reason="this torch is built without gloo"
     ),
     pytest.mark.usefixtures("one_thread"),
+    # A rank without completions is one of the cases.
+    pytest.mark.filterwarnings("ignore:fusedpo. a completion has no token to score"),
 ]
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]

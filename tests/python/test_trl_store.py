@@ -473,10 +473,7 @@ def test_what_a_store_cannot_serve_is_refused_before_anything_is_made(
     assert not (tmp_path / "refs").exists()
 
 
-def test_images_are_refused_because_keys_do_not_cover_them(tmp_path: pathlib.Path) -> None:
-    rows = [row | {"image": "a.png"} for row in make_pairs(4)]
-    with pytest.raises(ValueError, match="two images under one text would share a value"):
-        with_store(tmp_path, tmp_path / "refs", rows=rows)
+def test_pixels_of_which_nobody_told_the_rows_are_refused() -> None:
     batch = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), torch.ones(2, 3))
     with pytest.raises(ValueError, match="the batch also has pixel_values"):
         records_of_batch(batch | {"pixel_values": torch.ones(2, 3, 4, 4)})

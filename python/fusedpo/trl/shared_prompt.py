@@ -177,6 +177,8 @@ class SharedPrompts:
             reason = why_not_exact(model)
             if reason is not None:
                 return f"{name}: {reason}"
+        if self._trainer.args.neftune_noise_alpha:
+            return "neftune_noise_alpha adds noise that depends on the length of a padded row"
         dropout = active_dropout(self._models()[0])
         if dropout is not None:
             return f"model: dropout is active ({dropout})"
