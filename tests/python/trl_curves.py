@@ -3,11 +3,13 @@ test_trl_distributed (one process) and trl_two_ranks."""
 
 from __future__ import annotations
 
+import pathlib
 from dataclasses import dataclass
 from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -135,3 +137,13 @@ def curve(trainer_class: Any, folder: Any, name: str, pairs_per_rank: int) -> Cu
     model = trainer.accelerator.unwrap_model(trainer.model)
     end = {name: whole(p) for name, p in trained(model).items()}
     return Curve(start, first.gradients, end, logged(trainer))
+
+
+def save_curve(result: Curve, folder: pathlib.Path, name: str) -> None:
+    """Write it as name.pt, after a check that both ranks have the same."""
+    for what, tensor in (result.gradients | result.parameters).items():
+        others = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(others, tensor.contiguous())
+        assert torch.equal(others[0], others[1]), f"{name}: ranks differ in {what}"
+    if dist.get_rank() == 0:
+        torch.save(result, folder / f"{name}.pt")

@@ -6,7 +6,6 @@ then.
 
 from __future__ import annotations
 
-import copy
 import json
 import pathlib
 import sys
@@ -22,8 +21,7 @@ from fusedpo.trl import FusedDPOTrainer
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_curves import (
@@ -32,12 +30,13 @@ from trl_curves import (
     BlankCollator,
     Curve,
     curve,
-    curve_trainer,
+    save_curve,
     trained,
     uneven_rows,
     whole,
 )
 from trl_helpers import logged, make_model, make_pairs, make_trainer, train
+from trl_zero import zero2, zero3  # noqa: F401  checks, too
 
 
 def ddp_logs(folder: pathlib.Path) -> Any:
@@ -85,17 +84,8 @@ def store(folder: pathlib.Path) -> Any:
 def ddp(folder: pathlib.Path) -> Any:
     """Train as `CURVES` says; both ranks must end with equal gradients and parameters."""
     for name in CURVES:
-        _save(curve(FusedDPOTrainer, folder, name, pairs_per_rank=2), folder, name)
+        save_curve(curve(FusedDPOTrainer, folder, name, pairs_per_rank=2), folder, name)
     return list(CURVES)
-
-
-def _save(result: Curve, folder: pathlib.Path, name: str) -> None:
-    for what, tensor in (result.gradients | result.parameters).items():
-        others = [torch.empty_like(tensor) for _ in range(2)]
-        dist.all_gather(others, tensor.contiguous())
-        assert torch.equal(others[0], others[1]), f"{name}: ranks differ in {what}"
-    if dist.get_rank() == 0:
-        torch.save(result, folder / f"{name}.pt")
 
 
 def resume(folder: pathlib.Path) -> Any:
@@ -195,68 +185,6 @@ def _steps(trainer: Any, optimizer_class: Any, rows: range) -> Curve:
         optimizer.step()
     end = {name: whole(p) for name, p in trained(trainer.model).items()}
     return Curve(start, gradients, end, [])
-
-
-# ---- DeepSpeed, in an environment that has it ---------------------------------------------------
-
-
-def zero2(folder: pathlib.Path) -> Any:
-    return _zero(folder, {"stage": 2})
-
-
-def zero3(folder: pathlib.Path) -> Any:
-    # Without the threshold, parameters as small as these would not be sharded.
-    return _zero(folder, {"stage": 3, "stage3_param_persistence_threshold": 0})
-
-
-def _zero(folder: pathlib.Path, optimization: dict[str, Any]) -> Any:
-    """As `ddp`, under ZeRO."""
-    import deepspeed
-
-    config = {
-        "zero_optimization": optimization,
-        "zero_allow_untested_optimizer": True,  # torch's SGD
-        "gradient_clipping": 0.0,  # 1 if it is not named
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-    }
-    for name in CURVES:
-        # Else transformers would already shard the model while make_model gives it its weights.
-        unset_hf_deepspeed_config()
-        trainer = curve_trainer(
-            FusedDPOTrainer, folder, name, pairs_per_rank=2, deepspeed=copy.deepcopy(config)
-        )
-        first = _FirstGradientsOfEngine(trainer)
-        trainer.train()
-        parameters = trained(trainer.model)
-        with deepspeed.zero.GatheredParameters(list(parameters.values())):
-            end = {n: whole(p) for n, p in parameters.items()}
-        _save(Curve({}, first.gradients, end, logged(trainer)), folder, name)
-    return list(CURVES)
-
-
-class _FirstGradientsOfEngine(TrainerCallback):  # type: ignore[misc]
-    """Accelerate lets DeepSpeed's engine step in `backward`: gradients exist in between only."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.gradients = trainer, {}
-        trainer.add_callback(self)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        from deepspeed.utils import safe_get_full_grad
-
-        engine = self.trainer.model_wrapped
-        step = engine.step
-
-        def noted(*args: Any, **keywords: Any) -> Any:
-            if not self.gradients:
-                self.gradients = {
-                    n: whole(safe_get_full_grad(p)) for n, p in trained(self.trainer.model).items()
-                }
-            return step(*args, **keywords)
-
-        engine.step = noted
 
 
 # ---- tensor parallelism -------------------------------------------------------------------------

@@ -20,7 +20,8 @@ def require_whole_sequences(accelerator: Any, *, stored_reference: bool) -> None
     parallelism = accelerator.parallelism_config
     if parallelism is None:
         return
-    for name, size in (("cp_size", parallelism.cp_size), ("sp_size", parallelism.sp_size)):
+    for name in ("cp_size", "sp_size"):
+        size = vars(parallelism).get(name, 1)  # accelerate has had sp_size since 1.12
         if size > 1:
             raise ValueError(
                 f"ParallelismConfig.{name} must be 1: a process has to hold whole completions to "
