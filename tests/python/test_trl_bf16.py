@@ -23,7 +23,7 @@ from trl_helpers import (
     one_thread,  # noqa: F401  a fixture
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 SEEDS = range(20)
 ALLOWED = 1.1  # times TRL's distance

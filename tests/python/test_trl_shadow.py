@@ -28,7 +28,7 @@ from trl_helpers import (
     one_thread,  # noqa: F401  a fixture
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
