@@ -26,7 +26,7 @@ from trl_helpers import (
     shard_as_zero3,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 
 def lora(*targets: str, **options: Any) -> peft.LoraConfig:

@@ -23,6 +23,7 @@ from fusedpo import precompute
 from fusedpo._precompute.records import keys_of
 from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.ref_batches import records_of_batch
+from fusedpo.trl.versions import at_least
 from precompute_helpers import contents, write_inputs
 from test_trl_store import assert_equal
 from trl import DPOTrainer
@@ -39,7 +40,7 @@ from trl_helpers import (
     trl_has_a_head,  # noqa: F401  a fixture
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 # Plain SGD, so that the size of a gradient shows in the parameters.
 SGD: dict[str, Any] = {
@@ -223,6 +224,19 @@ def test_what_is_not_low_rank_is_refused_at_construction(tmp_path: pathlib.Path)
         )
 
 
+@pytest.mark.skipif(at_least(1, 15), reason="TRL refuses adapters on the head since 1.15")
+def test_every_logged_value_equals_that_of_a_trl_that_takes_the_adapter(
+    tmp_path: pathlib.Path,
+) -> None:
+    logs = []
+    for trainer_class in (DPOTrainer, FusedDPOTrainer):
+        options = {"peft_config": lora("lm_head")}
+        trainer = train(trainer_class, tmp_path, keywords=options, with_ref_model=False)
+        logs.append(logged(trainer))
+    assert_equal_logs(logs[1], logs[0])
+
+
+@pytest.mark.skipif(not at_least(1, 15), reason="TRL takes adapters on the head before 1.15")
 def test_trls_own_trainers_refuse_as_before(tmp_path: pathlib.Path) -> None:
     options = {"keywords": {"peft_config": lora("lm_head")}, "with_ref_model": False}
     train(FusedDPOTrainer, tmp_path, max_steps=1, **options)

@@ -11,6 +11,11 @@ import pytest
 
 pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
+from fusedpo.trl.versions import PATCH, at_least
+
+if not at_least(1, 15):
+    pytest.skip(f"patch_trl needs TRL {PATCH.text}", allow_module_level=True)
+
 from datasets import Dataset
 from fusedpo.trl import patch_trl
 from trl import (
@@ -36,7 +41,7 @@ from trl_helpers import (
     trl_has_a_head,  # noqa: F401  a fixture
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread", "trl_has_a_head")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread", "trl_has_a_head")]
 
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 PAIRS, OTHER_PAIRS = make_pairs(), make_pairs(6, seed=1)

@@ -34,7 +34,7 @@ from trl_helpers import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 
 def build(folder: Any, *, model: Any = None, ref_model: Any = None, **options: Any) -> Any:
