@@ -30,12 +30,13 @@ export FUSEDPO_NATIVE ?= require
 # Few architectures compile quickly: the GPU's that is here, else two. (Installing has them all.)
 export FUSEDPO_CUDA_ARCHS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo native || echo '80-real;90-real')
 
-.PHONY: help demo test test-trl lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
+.PHONY: help demo test test-trl test-engines lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
 	@echo 'make test      pytest and GoogleTest'
 	@echo 'make test-trl  the tests that depend on TRL, on each of TRL_VERSIONS'
+	@echo 'make test-engines  the tests that need DeepSpeed or bitsandbytes, which it fetches'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
 	@echo 'make sanitize  GoogleTest under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda      compile the CUDA kernels for every architecture of a release and check them'
@@ -55,6 +56,10 @@ test: $(STAMPS)/test
 
 test-trl: $(TRL_VERSIONS:%=$(VENV)/trl/%/stamp)
 	scripts/run_trl_tests.sh $(VENV)/trl "$(TRL_VERSIONS)" $(TEST_ARGS)
+
+test-engines: $(STAMPS)/test $(STAMPS)/engines
+	PYTHONPATH=$(abspath $(VENV)/engines) scripts/pytest.sh $(PY) -k "zero2 or zero3 or four_bits" \
+	  tests/python/test_trl_distributed.py tests/python/test_trl_shadow.py $(TEST_ARGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
@@ -98,6 +103,16 @@ $(STAMPS)/tools: $(TORCH_STAMP)
 # demo, test and dev are extras of the package.
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/tools $(INSTALLED)
 	$(PIP) install --no-build-isolation ".[$*]"
+	@touch $@
+
+# In a folder of their own: with DeepSpeed in sight every import of accelerate is slower. No
+# dependencies, or DeepSpeed would ask for packages that training does not use.
+ENGINES := deepspeed hjson msgpack py-cpuinfo einops pydantic pydantic-core annotated-types \
+  typing-inspection bitsandbytes
+
+$(STAMPS)/engines: $(STAMPS)/tools
+	rm -rf $(VENV)/engines
+	$(PIP) install --target $(VENV)/engines --no-deps $(ENGINES)
 	@touch $@
 
 .PRECIOUS: $(VENV)/trl/%/pyvenv.cfg  # make deletes what it takes for an intermediate file
