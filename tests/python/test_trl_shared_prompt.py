@@ -7,6 +7,7 @@ they run with shared prompts, which is the default. Here the two layouts are com
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -320,3 +321,12 @@ def test_false_leaves_model_and_collator_as_they_are(tmp_path: Any) -> None:
     trainer = build(tmp_path, ref_model=make_model(), share_prompts=False)
     assert trainer.model.config._attn_implementation == "sdpa"
     assert KEY not in batch_of(trainer)
+
+
+def test_sequences_that_are_cut_over_processes_are_not_packed(
+    shared: Any, monkeypatch: Any
+) -> None:
+    cut = types.SimpleNamespace(cp_size=2)
+    accelerator = types.SimpleNamespace(unwrap_model=lambda model: model, parallelism_config=cut)
+    monkeypatch.setattr(shared, "accelerator", accelerator)
+    assert "context or sequence parallelism" in str(shared._shared_prompts._why_not())

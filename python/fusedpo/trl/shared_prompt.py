@@ -182,8 +182,9 @@ class SharedPrompts:
         dropout = active_dropout(self._models()[0])
         if dropout is not None:
             return f"model: dropout is active ({dropout})"
+        # Each release of accelerate has more of these.
         parallelism = getattr(self._trainer.accelerator, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_size > 1 or parallelism.sp_size > 1):
+        if any(getattr(parallelism, name, 1) > 1 for name in ("cp_size", "sp_size")):
             return "a sequence is cut over processes (context or sequence parallelism)"
         return None
 
