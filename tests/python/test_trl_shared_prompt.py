@@ -7,7 +7,9 @@ they run with shared prompts, which is the default. Here the two layouts are com
 from __future__ import annotations
 
 import copy
+import gc
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,13 @@ import transformers
 from datasets import Dataset, IterableDataset
 from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.loss_options import loss_call
-from fusedpo.trl.shared_prompt import KEY, NotShareableError, PackedBatch, pack_batch
+from fusedpo.trl.shared_prompt import (
+    KEY,
+    NotShareableError,
+    PackedBatch,
+    pack_batch,
+    why_not_shared,
+)
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_helpers import (
@@ -329,4 +337,18 @@ def test_sequences_that_are_cut_over_processes_are_not_packed(
     cut = types.SimpleNamespace(cp_size=2)
     accelerator = types.SimpleNamespace(unwrap_model=lambda model: model, parallelism_config=cut)
     monkeypatch.setattr(shared, "accelerator", accelerator)
-    assert "context or sequence parallelism" in str(shared._shared_prompts._why_not())
+    assert "context or sequence parallelism" in str(why_not_shared(shared))
+
+
+def test_a_trainer_goes_away_with_its_last_name(tmp_path: Any) -> None:
+    # Under DDP what it holds has threads, which must end before Python does.
+    trainer = build(tmp_path, ref_model=make_model(), share_prompts=True, max_steps=1)
+    trainer.train()
+    gc.collect()
+    gc.disable()
+    try:
+        alive = weakref.ref(trainer)
+        del trainer
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -13,6 +13,7 @@ import hashlib
 import json
 import pathlib
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,8 @@ class StoredReference:
     """The reference of a trainer that was just built; see the module."""
 
     def __init__(self, trainer: Any, options: RefStoreOptions) -> None:
-        self._trainer = trainer
+        # A cycle would keep the trainer, and DDP's threads in it, until Python ends.
+        self._trainer = weakref.proxy(trainer)
         self._options = options
         mixed = trainer.accelerator.mixed_precision
         if mixed not in _AUTOCAST:

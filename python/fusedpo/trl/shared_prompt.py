@@ -154,39 +154,19 @@ class SharedPrompts:
         Raises:
             ValueError: `mode` is True, and a model is not known to be exact.
         """
-        self._trainer = trainer
+        # Not the trainer itself: a cycle would keep it, and DDP's threads in it, until Python ends.
+        self._print = trainer.accelerator.print
         self._mode = mode
-        reason = None if mode is False else self._why_not()
+        reason = None if mode is False else why_not_shared(trainer)
         self.active = mode is not False and reason is None
         if reason is not None:
             self._give_up(reason)
         if not self.active:
             return
-        for model in self._models():
+        for model in _models(trainer):
             use_packed_attention(model)
         if not _dispatches(trainer):
             trainer.data_collator = PackingCollator(trainer.data_collator)
-
-    def _models(self) -> list[Any]:
-        trainer = self._trainer
-        models = [trainer.model] + ([] if trainer.ref_model is None else [trainer.ref_model])
-        return [trainer.accelerator.unwrap_model(model) for model in models]
-
-    def _why_not(self) -> str | None:
-        for name, model in zip(("model", "ref_model"), self._models(), strict=False):
-            reason = why_not_exact(model)
-            if reason is not None:
-                return f"{name}: {reason}"
-        if self._trainer.args.neftune_noise_alpha:
-            return "neftune_noise_alpha adds noise that depends on the length of a padded row"
-        dropout = active_dropout(self._models()[0])
-        if dropout is not None:
-            return f"model: dropout is active ({dropout})"
-        # Each release of accelerate has more of these.
-        parallelism = getattr(self._trainer.accelerator, "parallelism_config", None)
-        if any(getattr(parallelism, name, 1) > 1 for name in ("cp_size", "sp_size")):
-            return "a sequence is cut over processes (context or sequence parallelism)"
-        return None
 
     def _give_up(self, reason: str) -> None:
         if self._mode is True:
@@ -195,7 +175,7 @@ class SharedPrompts:
                 f"{reason}. Pass share_prompts='auto' or False to train on padded batches."
             )
         self.active = False
-        self._trainer.accelerator.print(
+        self._print(
             f"fusedpo: prompts are not shared, batches are padded as TRL pads them: {reason}"
         )
 
@@ -218,6 +198,26 @@ class SharedPrompts:
         batch: PackedBatch = packed.to(inputs["input_ids"].device, non_blocking=True)
         inputs[KEY] = batch
         return batch
+
+
+def why_not_shared(trainer: Any) -> str | None:
+    """Return why a trainer's models cannot share prompts, or None."""
+    models = _models(trainer)
+    for name, model in zip(("model", "ref_model"), models, strict=False):
+        reason = why_not_exact(model)
+        if reason is not None:
+            return f"{name}: {reason}"
+    dropout = active_dropout(models[0])
+    if dropout is not None:
+        return f"model: dropout is active ({dropout})"
+    if trainer.args.neftune_noise_alpha:
+        return "neftune_noise_alpha adds noise that depends on the length of a padded row"
+    return None
+
+
+def _models(trainer: Any) -> list[Any]:
+    models = [trainer.model] + ([] if trainer.ref_model is None else [trainer.ref_model])
+    return [trainer.accelerator.unwrap_model(model) for model in models]
 
 
 def _dispatches(trainer: Any) -> bool:
