@@ -13,6 +13,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig
+from trl_plain_head import install
+
+install()
 
 VOCABULARY = 96
 _SIZES = {
