@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import trl.trainer.utils as trl_utils
+from fusedpo.reference import METRICS
 from fusedpo.trl.versions import at_least
 
 
@@ -27,9 +28,10 @@ class PlainLogProbs:
         chunk_size: Any,
         final_logit_softcapping: Any = None,
         logit_scale: Any = 1.0,
-        outputs: Any = (),
+        outputs: Any = METRICS,
     ) -> tuple[Any, ...]:
-        logits = torch.nn.functional.linear(hidden, weight, bias).float() * logit_scale
+        # fp64 from here to the results, which are float32 as TRL's are.
+        logits = torch.nn.functional.linear(hidden, weight, bias).double() * logit_scale
         if final_logit_softcapping is not None:
             logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
         logits = logits / temperature
@@ -42,7 +44,10 @@ class PlainLogProbs:
             "is_top1": logits.argmax(-1) == targets,
         }
         chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        return chosen, *(results[name] if name in outputs else None for name in results)
+        metrics = (results[name] if name in outputs else None for name in results)
+        return tuple(
+            x.float() if x is not None and x.is_floating_point() else x for x in (chosen, *metrics)
+        )
 
     @classmethod
     def apply(cls, *arguments: Any) -> tuple[Any, ...]:
