@@ -28,7 +28,7 @@ from trl_helpers import (
 pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 TRL_FUNCTION = trl_utils._ChunkedLogProbFunction
-TRL_USE_TRITON = trl_utils._use_triton
+TRL_USE_TRITON = vars(trl_utils).get("_use_triton")  # since TRL 1.16
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _trl_is_restored() -> Any:
     yield
     unpatch_trl()
     assert trl_utils._ChunkedLogProbFunction is TRL_FUNCTION
-    assert trl_utils._use_triton is TRL_USE_TRITON
+    assert vars(trl_utils).get("_use_triton") is TRL_USE_TRITON
 
 
 def test_positions_without_a_label_do_not_reach_the_patched_head(
@@ -134,7 +134,7 @@ def test_block_restores_trl_also_after_an_error() -> None:
     with pytest.raises(KeyError):
         fails()
     assert trl_utils._ChunkedLogProbFunction is TRL_FUNCTION
-    assert trl_utils._use_triton is TRL_USE_TRITON
+    assert vars(trl_utils).get("_use_triton") is TRL_USE_TRITON
 
 
 def test_repeated_and_nested_patches_end_with_the_last() -> None:
@@ -229,7 +229,7 @@ def test_unknown_signature_is_refused_naming_the_difference(monkeypatch: Any) ->
 def test_trl_1_15_without_triton_has_no_function_and_gets_ours(monkeypatch: Any) -> None:
     # There `_ChunkedLogProbFunction` is None on a CPU and `_use_triton` does not exist.
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", None)
-    monkeypatch.delattr(trl_utils, "_use_triton")
+    monkeypatch.delattr(trl_utils, "_use_triton", raising=False)
     with patch_trl():
         got = trl_utils._ChunkedLogProbFunction.apply(
             torch.randn(3, 4), torch.randn(5, 4), None, torch.arange(3), 1.0, 32768
@@ -256,7 +256,8 @@ def test_device_without_operators_keeps_trls_function(monkeypatch: Any) -> None:
         hidden, weight = torch.empty(3, 4, device="meta"), torch.empty(5, 4, device="meta")
         targets = torch.empty(3, dtype=torch.int64, device="meta")
         trl_utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768)
-        assert not trl_utils._use_triton(torch.device("meta"))
+        if at_least(1, 16):
+            assert not trl_utils._use_triton(torch.device("meta"))
     assert called[0][4:] == (1.0, 32768, None, 1.0, METRICS)
 
 
@@ -273,7 +274,8 @@ def test_status_tells_version_support_and_path(monkeypatch: Any) -> None:
         assert status().paths["cpu"] == "fusedpo.reference"
         monkeypatch.setattr("fusedpo._load.native", lambda device: True)
         assert status().paths["cuda"] == "fusedpo operators"
-        assert trl_utils._use_triton(torch.device("cuda"))  # with Triton or without
+        if at_least(1, 16):
+            assert trl_utils._use_triton(torch.device("cuda"))  # with Triton or without
     monkeypatch.setattr("fusedpo.trl.patch.installed", lambda: "1.13.0")
     assert not status().supported
     assert "older than what patch_trl supports" in str(status().problem)

@@ -15,6 +15,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig
+from trl_plain_head import install
+
+install()
 
 VOCABULARY = 1024
 _USED = 32  # as many ids as make_tokenizer has words
