@@ -37,7 +37,6 @@ from trl_helpers import (
     make_tokenizer,
     one_thread,  # noqa: F401  a fixture
     train,
-    trl_has_a_head,  # noqa: F401  a fixture
 )
 
 pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
@@ -162,7 +161,6 @@ def test_losses_and_parameters_equal_a_hand_written_loop(
         assert (parameter - want[name]).abs().max() <= 1e-4 * moved, name
 
 
-@pytest.mark.usefixtures("trl_has_a_head")
 def test_every_logged_value_of_a_head_trained_as_a_whole_equals_trl(tmp_path: pathlib.Path) -> None:
     logs = []
     for trainer_class in (DPOTrainer, FusedDPOTrainer):

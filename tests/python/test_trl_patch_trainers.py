@@ -38,10 +38,9 @@ from trl_helpers import (
     one_thread,  # noqa: F401  a fixture
     record_scored_rows,
     train,
-    trl_has_a_head,  # noqa: F401  a fixture
 )
 
-pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread", "trl_has_a_head")]
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 PAIRS, OTHER_PAIRS = make_pairs(), make_pairs(6, seed=1)

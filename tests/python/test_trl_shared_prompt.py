@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,6 @@ from fusedpo.trl.shared_prompt import (
     NotShareableError,
     PackedBatch,
     pack_batch,
-    why_not_shared,
 )
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -317,6 +315,9 @@ def test_dropout_is_refused_and_trls_default_switches_it_off(tmp_path: Any) -> N
     assert build(tmp_path, **gpt2())._shared_prompts.active
     with pytest.raises(ValueError, match=r"dropout is active .*p=0\.1"):
         build(tmp_path, **gpt2(), disable_dropout=False, share_prompts=True)
+    # Noise on the embeddings is another kind of randomness that shared prompts would share.
+    with pytest.raises(ValueError, match="neftune_noise_alpha adds noise"):
+        build(tmp_path, ref_model=make_model(), neftune_noise_alpha=5.0, share_prompts=True)
 
 
 @pytest.mark.parametrize("wrong", ["always", 1, None])
@@ -331,18 +332,9 @@ def test_false_leaves_model_and_collator_as_they_are(tmp_path: Any) -> None:
     assert KEY not in batch_of(trainer)
 
 
-def test_sequences_that_are_cut_over_processes_are_not_packed(
-    shared: Any, monkeypatch: Any
-) -> None:
-    cut = types.SimpleNamespace(cp_size=2)
-    accelerator = types.SimpleNamespace(unwrap_model=lambda model: model, parallelism_config=cut)
-    monkeypatch.setattr(shared, "accelerator", accelerator)
-    assert "context or sequence parallelism" in str(why_not_shared(shared))
-
-
 def test_a_trainer_goes_away_with_its_last_name(tmp_path: Any) -> None:
     # Under DDP what it holds has threads, which must end before Python does.
-    trainer = build(tmp_path, ref_model=make_model(), share_prompts=True, max_steps=1)
+    trainer = build(tmp_path, ref_store=tmp_path / "refs", share_prompts=True, max_steps=1)
     trainer.train()
     gc.collect()
     gc.disable()

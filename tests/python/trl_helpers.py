@@ -93,54 +93,6 @@ def record_scored_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-class PlainLogProbs:
-    """What TRL's function under its fused head computes, in plain torch.
-
-    TRL 1.15 has one in Triton only, so that its trainers run on no CPU: there is nothing to compare
-    with.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Any,
-        weight: Any,
-        bias: Any,
-        targets: Any,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None,
-        logit_scale: float,
-        outputs: Any,
-    ) -> tuple[Any, ...]:
-        z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
-        if final_logit_softcapping is not None:
-            z = final_logit_softcapping * torch.tanh(z / final_logit_softcapping)
-        log_probs = (z / temperature).log_softmax(-1)
-        probs = log_probs.exp()
-        found = {
-            "entropy": -(probs * log_probs).sum(-1),
-            "log_sum_sq_probs": probs.square().sum(-1).log().detach(),
-            "mean_logits": (z / temperature).mean(-1).detach(),
-            "is_top1": z.argmax(-1) == targets,
-        }
-        logps = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return logps, *(found[name] if name in outputs else None for name in found)
-
-    @classmethod
-    def apply(cls, *args: Any) -> tuple[Any, ...]:
-        return cls.forward(None, *args)
-
-
-@pytest.fixture
-def trl_has_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let TRL 1.15 run without Triton."""
-    import trl.trainer.utils as trl_utils
-
-    if trl_utils._ChunkedLogProbFunction is None:
-        monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", PlainLogProbs)
-
-
 def shard_as_zero3(monkeypatch: Any, parameters: list[Any]) -> list[int]:
     """Make parameters look sharded by ZeRO-3 to the fused head; the list that is returned gets the
     number of parameters of each gathering.
