@@ -121,7 +121,7 @@ ROWS = (
     ),
     _row("gradient_accumulation_steps", 2),
     _row("max_grad_norm", 0.01),
-    _row("neftune_noise_alpha", 5.0),
+    _row("neftune_noise_alpha", 5.0, note="prompts are not shared: it depends on a row's length"),
     _row(
         "torch_compile",
         True,
@@ -151,7 +151,14 @@ ROWS = (
         with_={"eval_strategy": "steps", "eval_steps": 2},
     ),
     Row("fsdp", {}, ELSEWHERE, where="test_trl_distributed.py"),
-    Row("deepspeed", {}, ELSEWHERE, "ZeRO-3's gathering of the head", where="test_trl_head.py"),
+    Row("deepspeed", {}, ELSEWHERE, "ZeRO-2 and ZeRO-3", where="test_trl_distributed.py"),
+    Row(
+        "parallelism_config",
+        {},
+        ELSEWHERE,
+        "context and sequence parallelism refused, and tensor parallelism with a store",
+        where="test_trl_trainer.py",
+    ),
     Row("resume_from_checkpoint", {}, ELSEWHERE, where="test_trl_drop_in.py"),
     Row("report_to", {}, ELSEWHERE, where="test_trl_drop_in.py"),
 )
