@@ -155,8 +155,8 @@ ROWS = (
     Row(
         "parallelism_config",
         {},
-        ELSEWHERE,
-        "context and sequence parallelism refused, and tensor parallelism with a store",
+        "as in TRL, or refused",
+        "refused: context and sequence parallelism, and tensor parallelism with a store",
         where="test_trl_trainer.py",
     ),
     Row("resume_from_checkpoint", {}, ELSEWHERE, where="test_trl_drop_in.py"),
