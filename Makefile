@@ -58,6 +58,7 @@ test-trl: $(TRL_VERSIONS:%=$(VENV)/trl/%/stamp)
 	scripts/run_trl_tests.sh $(VENV)/trl "$(TRL_VERSIONS)" $(TEST_ARGS)
 
 test-engines: $(STAMPS)/test $(STAMPS)/engines
+	PYTHONPATH=$(abspath $(VENV)/engines) $(PY) -c 'import bitsandbytes, deepspeed'  # or all is skipped
 	PYTHONPATH=$(abspath $(VENV)/engines) scripts/pytest.sh $(PY) -k "zero2 or zero3 or four_bits" \
 	  tests/python/test_trl_distributed.py tests/python/test_trl_shadow.py $(TEST_ARGS)
 
@@ -107,8 +108,8 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/tools $(INST
 
 # In a folder of their own: with DeepSpeed in sight every import of accelerate is slower. No
 # dependencies, or DeepSpeed would ask for packages that training does not use.
-ENGINES := deepspeed hjson msgpack py-cpuinfo einops pydantic pydantic-core annotated-types \
-  typing-inspection bitsandbytes
+ENGINES := deepspeed==0.19.8 bitsandbytes==0.50.2 hjson msgpack py-cpuinfo einops pydantic pydantic-core annotated-types \
+  typing-inspection
 
 $(STAMPS)/engines: $(STAMPS)/tools
 	rm -rf $(VENV)/engines

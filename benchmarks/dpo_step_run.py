@@ -185,7 +185,7 @@ def make_trainer(case: Case, contestant: Contestant, folder: pathlib.Path, clock
         keywords["ref_store"] = folder / "refs"
     if case.train == "lora":
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        keywords["peft_config"] = LoraConfig(r=16, target_modules=names)
+        keywords["peft_config"] = LoraConfig(r=16, target_modules=names, task_type="CAUSAL_LM")
     elif not contestant.store:
         keywords["ref_model"] = make_model(case, len(tokenizer))
         clock.watch(keywords["ref_model"].model)

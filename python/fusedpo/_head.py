@@ -98,6 +98,8 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
         # this wrapping.
         backbone = _backbone(self, text_config)
         if packed is not None:
+            # PeftModelForCausalLM passes on every argument of a forward, None where none was given.
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}
             layers = text_config.num_hidden_layers
             states, hidden = packed_states(backbone, packed, layers, **kwargs)
             targets = packed.labels

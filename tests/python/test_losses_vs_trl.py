@@ -18,7 +18,6 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 import fusedpo
 from datasets import Dataset
 from fusedpo.trl import FusedDPOTrainer, shared_prompt
-from fusedpo.trl.loss_options import loss_call
 from fusedpo.trl.versions import at_least
 from trl import DPOTrainer
 from trl_helpers import (
@@ -117,8 +116,6 @@ def configure(trainer: Any, case: dict[str, Any]) -> None:
         setattr(trainer, name, getattr(config, name))
     trainer.ld_alpha, trainer.use_weighting = config.ld_alpha, config.use_weighting
     trainer.args.discopop_tau = config.discopop_tau
-    if isinstance(trainer, FusedDPOTrainer):
-        trainer._loss_call = loss_call(config)
 
 
 def step(trainer: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, float], dict[str, Any]]:

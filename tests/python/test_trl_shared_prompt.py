@@ -6,7 +6,6 @@ they run with shared prompts, which is the default. Here the two layouts are com
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -21,7 +20,6 @@ import peft
 import transformers
 from datasets import Dataset, IterableDataset
 from fusedpo.trl import FusedDPOTrainer
-from fusedpo.trl.loss_options import loss_call
 from fusedpo.trl.shared_prompt import (
     KEY,
     NotShareableError,
@@ -109,11 +107,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_every_loss_and_its_gradient_are_those_of_padded_batches(
     loss: str, variant: str, shared: Any, monkeypatch: Any
 ) -> None:
-    config = copy.copy(shared.args)
-    config.use_weighting = variant == "use_weighting"
-    for name, value in LOSSES[loss].items():
-        setattr(config, name, value)
-    monkeypatch.setattr(shared, "_loss_call", loss_call(config))
+    options = {"label_smoothing": 0.0, "loss_weights": None, **LOSSES[loss]}
+    names = options["loss_type"]
+    monkeypatch.setattr(shared, "loss_types", names)
+    monkeypatch.setattr(shared, "loss_weights", options["loss_weights"] or [1.0] * len(names))
+    monkeypatch.setattr(shared, "label_smoothing", options["label_smoothing"])
     monkeypatch.setattr(shared, "ld_alpha", 0.4 if variant == "ld_alpha" else None)
     monkeypatch.setattr(shared, "use_weighting", variant == "use_weighting")
     results = []
@@ -330,6 +328,31 @@ def test_false_leaves_model_and_collator_as_they_are(tmp_path: Any) -> None:
     trainer = build(tmp_path, ref_model=make_model(), share_prompts=False)
     assert trainer.model.config._attn_implementation == "sdpa"
     assert KEY not in batch_of(trainer)
+
+
+@pytest.mark.parametrize("change", ["ids", "ids in place", "narrower mask", "wider mask"])
+def test_a_batch_that_is_changed_after_collation_is_packed_anew(change: str, tmp_path: Any) -> None:
+    class Changing(FusedDPOTrainer):
+        """Changes its batches as a user's subclass may."""
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+            ids, mask = inputs["input_ids"], inputs["completion_mask"]
+            if change == "ids":
+                inputs["input_ids"] = torch.where(mask == 1, (ids + 1) % 32, ids)
+            elif change == "ids in place":
+                ids[:, 1] = (ids[:, 1] + 1) % 32
+            else:
+                by = 1 if change == "narrower mask" else -1
+                moved = mask.roll(by, dims=1)
+                inputs["completion_mask"] = (mask & moved) if by == 1 else (mask | moved)
+                inputs["completion_mask"] *= inputs["attention_mask"]
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    logs = [
+        logged(train(Changing, tmp_path, keywords={"share_prompts": share}, max_steps=2))
+        for share in (True, False)
+    ]
+    assert_equal_logs(logs[0], logs[1])
 
 
 def test_a_trainer_goes_away_with_its_last_name(tmp_path: Any) -> None:

@@ -479,6 +479,14 @@ def test_pixels_of_which_nobody_told_the_rows_are_refused() -> None:
         records_of_batch(batch | {"pixel_values": torch.ones(2, 3, 4, 4)})
 
 
+@pytest.mark.parametrize("option", [{"ref_miss": "error"}, {"ref_identity": "ignore"}])
+def test_options_of_a_store_are_refused_without_one(
+    option: dict[str, str], tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(ValueError, match=r"need a store\. Pass ref_store"):
+        train(FusedDPOTrainer, tmp_path, keywords=option)
+
+
 def test_a_store_that_is_not_there_is_an_error_where_nothing_may_be_computed(
     tmp_path: pathlib.Path,
 ) -> None:

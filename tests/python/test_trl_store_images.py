@@ -91,6 +91,15 @@ def test_full_fine_tuning_loads_no_reference_but_for_what_is_missing(
         assert_equal_logs(logged(trainer), logged(runs[0]))
 
 
+def test_sharded_parameters_are_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The policy of now would stand in for the reference.
+    monkeypatch.setattr(FusedDPOTrainer, "_is_sharded", lambda trainer: True)
+    with pytest.raises(ValueError, match="ref_store works on one process and under DDP"):
+        train(FusedDPOTrainer, tmp_path, **setup(ROWS, ref_store=tmp_path / "refs"))
+
+
 def test_images_need_a_store_of_their_own_path(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"has images\. Pass ref_store"):
         train(FusedDPOTrainer, tmp_path, precompute_ref_log_probs=True, **setup(ROWS))

@@ -176,6 +176,21 @@ def test_compute_metrics_gets_the_same_logits_as_from_trl(tmp_path: Any) -> None
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_attributes_that_a_callback_changes_count_from_then_on(tmp_path: Any) -> None:
+    class Changes(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            trainer.loss_types, trainer.loss_weights = ["robust", "ipo"], [0.5, 0.1]
+            trainer.label_smoothing, trainer.beta = 0.2, 0.3
+
+    logs = []
+    for trainer_class in (DPOTrainer, FusedDPOTrainer):
+        trainer = make_trainer(trainer_class, tmp_path, max_steps=3)
+        trainer.add_callback(Changes())
+        trainer.train()
+        logs.append(logged(trainer))
+    assert_equal_logs(logs[1], logs[0])
+
+
 def test_compute_ref_log_probs_equals_trl_and_leaves_no_graph(tmp_path: Any) -> None:
     results = []
     for trainer_class in (DPOTrainer, FusedDPOTrainer):

@@ -150,7 +150,9 @@ def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:
 
 
 def lora(**options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+    # With a task, as most users' and all saved ones: its PeftModel has a forward of its own.
+    options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], **options}
+    return peft.LoraConfig(r=4, **options)
 
 
 def lora_model() -> Any:

@@ -48,7 +48,7 @@ def construction(
 
     def create_model_from_path(*arguments: Any, **keywords: Any) -> Any:
         name, outputs = to_load.pop(0)
-        if store is not None and name == "reference":
+        if store is not None and store.images and name == "reference":
             return None
         loaded = originals["create_model_from_path"](*arguments, **keywords)
         add_fused_head(loaded, outputs=outputs)

@@ -6,6 +6,7 @@ chosen losses is not passed on; one warning names it.
 
 from __future__ import annotations
 
+import types
 import warnings
 from typing import Any
 
@@ -18,8 +19,25 @@ from fusedpo.reference.logps import exact
 _DEFAULTS = {"label_smoothing": 0.0, "f_alpha_divergence_coef": 0.5, "discopop_tau": 0.05}
 
 
+def loss_attributes(trainer: Any) -> types.SimpleNamespace:
+    """Return what a trainer's loss depends on, by the names of DPOConfig. TRL reads its attributes
+    in every step, so a callback may change them."""
+    return types.SimpleNamespace(
+        loss_type=list(trainer.loss_types),
+        loss_weights=list(trainer.loss_weights),
+        beta=trainer.beta,
+        label_smoothing=trainer.label_smoothing,
+        f_divergence_type=trainer.f_divergence_type,
+        f_alpha_divergence_coef=trainer.f_alpha_divergence_coef,
+        discopop_tau=trainer.args.discopop_tau,
+        ld_alpha=trainer.ld_alpha,
+        use_weighting=trainer.use_weighting,
+    )
+
+
 def loss_call(config: Any) -> dict[str, Any]:
-    """Return the keyword options of `preference_loss` that a DPOConfig stands for.
+    """Return the keyword options of `preference_loss` that a DPOConfig stands for, or what
+    `loss_attributes` returns.
 
     Raises:
         ValueError: an unknown loss, or an option out of range; the message names it.

@@ -70,6 +70,11 @@ class RefStoreOptions:
             raise ValueError(f"ref_identity must be 'check' or 'ignore'; got {ref_identity!r}.")
         own = ref_store is None
         if own and not args.precompute_ref_log_probs:
+            if (ref_miss, ref_identity) != ("compute", "check"):
+                raise ValueError(
+                    f"ref_miss={ref_miss!r} and ref_identity={ref_identity!r} need a store. Pass "
+                    "ref_store=..., or DPOConfig(precompute_ref_log_probs=True)."
+                )
             return None
         name = "precompute_ref_log_probs=True" if own else "ref_store"
         images = has_images(train_dataset)

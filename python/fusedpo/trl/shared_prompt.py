@@ -23,12 +23,11 @@ from fusedpo._packing.attention import use_packed_attention
 from fusedpo._packing.layout import Group, Packed, pack
 
 KEY = "packed_batch"
+_IDS_AND_MASKS = ("input_ids", "attention_mask", "completion_mask")
 # What a batch may hold besides token ids; more than this would have to be packed, too.
 _KNOWN = frozenset(
     {
-        "input_ids",
-        "attention_mask",
-        "completion_mask",
+        *_IDS_AND_MASKS,
         "ref_chosen_logps",
         "ref_rejected_logps",
         "use_cache",
@@ -48,6 +47,7 @@ class PackedBatch:
     packed: Packed
     places: Tensor  # [S] indices into [2B * (T - 1)]
     shape: tuple[int, int]  # 2B, T
+    source: tuple[tuple[int, int], ...]  # which tensors it was made of, and their versions
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """Move the tensors; accelerate calls this on what it finds in a batch."""
@@ -87,8 +87,8 @@ def pack_batch(inputs: Mapping[str, Any]) -> PackedBatch:
     other = [name for name in inputs if name not in _KNOWN]
     if other:
         raise NotShareableError(f"the batch also has {', '.join(other)}, which are not packed")
-    names = ("input_ids", "attention_mask", "completion_mask")
-    ids, attention, completion = torch.stack([inputs[name].long() for name in names]).cpu().numpy()
+    tensors = [inputs[name].long() for name in _IDS_AND_MASKS]
+    ids, attention, completion = torch.stack(tensors).cpu().numpy()
     shape = ids.shape
     sequences = [
         _sequence(row, real, scored)
@@ -112,7 +112,15 @@ def pack_batch(inputs: Mapping[str, Any]) -> PackedBatch:
             places.append(np.arange(first, end) + row * (shape[1] - 1))
     if not any(len(prompt) + sum(map(len, tokens)) for prompt, tokens, _ in groups):
         raise NotShareableError("the batch has no token")
-    return PackedBatch(pack(groups), torch.from_numpy(np.concatenate(places)), shape)
+    return PackedBatch(
+        pack(groups), torch.from_numpy(np.concatenate(places)), shape, _source(inputs)
+    )
+
+
+def _source(inputs: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Tells the tensors of a batch from others, and whether they were written to since."""
+    tensors = (inputs[name] for name in _IDS_AND_MASKS)
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _sequence(ids: Any, real: Any, scored: Any) -> Group:
@@ -179,6 +187,12 @@ class SharedPrompts:
             f"fusedpo: prompts are not shared, batches are padded as TRL pads them: {reason}"
         )
 
+    def arrived(self, inputs: dict[str, Any]) -> None:
+        """Take note of the tensors of a batch that came from a worker, or was moved to a device."""
+        packed = inputs.get(KEY)
+        if packed is not None:
+            inputs[KEY] = replace(packed, source=_source(inputs))
+
     def batch(self, inputs: dict[str, Any]) -> PackedBatch | None:
         """Return the packed form of a batch, or None where it is to be run padded. It is kept in
         the batch: the reference and the metrics need it again.
@@ -189,9 +203,10 @@ class SharedPrompts:
         if not self.active:
             return None
         packed = inputs.get(KEY)
-        if packed is None:
+        if packed is None or packed.source != _source(inputs):
             try:
-                packed = pack_batch(inputs)  # not from our collator: waits for the device
+                # Not from our collator, or changed since: this waits for the device.
+                packed = pack_batch(inputs)
             except NotShareableError as error:
                 self._give_up(str(error))
                 return None
@@ -217,7 +232,7 @@ def why_not_shared(trainer: Any) -> str | None:
 
 def _models(trainer: Any) -> list[Any]:
     models = [trainer.model] + ([] if trainer.ref_model is None else [trainer.ref_model])
-    return [trainer.accelerator.unwrap_model(model) for model in models]
+    return [trainer.accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
 
 
 def _dispatches(trainer: Any) -> bool:

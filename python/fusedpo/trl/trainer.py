@@ -24,7 +24,7 @@ from fusedpo._precompute.reference import check_head
 from fusedpo.trl import ref_images, shared_prompt
 from fusedpo.trl.bindings import check_attributes
 from fusedpo.trl.construct import construction
-from fusedpo.trl.loss_options import batch_loss, loss_call
+from fusedpo.trl.loss_options import batch_loss, loss_attributes, loss_call
 from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.parallelism import require_whole_sequences
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
@@ -112,6 +112,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         with construction(model, ref_model, args, store):
             super().__init__(model, ref_model, args, *rest, **keywords)
         check_attributes(self, version)
+        self._loss_attributes = loss_attributes(self)
         check_head(self.model)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -121,21 +122,24 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             )
         require_whole_sequences(self.accelerator, stored_reference=store is not None)
         self._shared_prompts = SharedPrompts(self, share_prompts)
+        self._refuse_store_of_shards()
         if store is not None and not self._is_sharded():
             # Batches carry no reference log-probs: they are looked up.
             self.precompute_ref_logps = False
             self._stored_reference = StoredReference(self, store)
             self._stored_reference.cover(self._splits())
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
         """As DPOTrainer's, which needs text; a data set of token ids alone stays as it is, but for
         the rows whose prompt fills `max_length`."""
         columns = next(iter(dataset)).keys()
         if "chosen" in columns or not columns >= _TOKEN_COLUMNS:
-            return super()._prepare_dataset(dataset, processing_class, args, name)
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.max_length is None or args.truncation_mode != "keep_start":
             return dataset
-        return dataset.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
+        return dataset.filter(_prompt_fits, fn_kwargs={"max_length": args.max_length})
 
     def _splits(self) -> dict[str, Any]:
         splits = {"train": self.train_dataset}
@@ -149,12 +153,22 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """Leave the data set as it is: the store has what TRL would put into columns."""
         if not self._is_sharded():
             return dataset
-        if self._store_options is not None and not self._store_options.own:
+        self._refuse_store_of_shards()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _refuse_store_of_shards(self) -> None:
+        store = self._store_options
+        if store is not None and not store.own and self._is_sharded():
             raise ValueError(
                 "ref_store works on one process and under DDP; under FSDP and DeepSpeed the "
                 "parameters are sharded. Use DPOConfig(precompute_ref_log_probs=True) there."
             )
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self._shared_prompts is not None:
+            self._shared_prompts.arrived(prepared)
+        return prepared
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """As `transformers.Trainer.train`; what was added to the reference store is closed."""
@@ -239,8 +253,11 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             )
 
         seq_len = inputs["completion_mask"].shape[1] - 1
+        attributes = loss_attributes(self)
+        if attributes != self._loss_attributes:
+            self._loss_attributes, self._loss_call = attributes, loss_call(attributes)
         result = batch_loss(
-            self._loss_call | {"beta": self.beta},
+            self._loss_call,
             policy,
             reference,
             outputs.log_probs[:, -seq_len:],
@@ -277,6 +294,10 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         )
         with torch.no_grad():
             return loss, model(**_model_inputs(inputs), **options)
+
+
+def _prompt_fits(row: dict[str, Any], max_length: int) -> bool:
+    return len(row["prompt_ids"]) < max_length
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
