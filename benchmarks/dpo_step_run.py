@@ -1,7 +1,7 @@
 """One contestant of benchmarks.dpo_step in a process of its own: trains, times, prints JSON.
 
 python -m benchmarks.dpo_step_run CONTESTANT FOLDER CASE, where FOLDER is shared by the contestants
-of a case (the reference store is made there once).
+of a case. "store" instead of a contestant makes the reference store there, for those that use it.
 """
 
 from __future__ import annotations
@@ -207,10 +207,8 @@ def run(case: Case, name: str, folder: pathlib.Path) -> dict[str, Any]:
     contestant = CONTESTANTS[name]
     clock = Clock(case.layers)
     with patch_trl() if contestant.patch else contextlib.nullcontext():
-        start = now()
         with contextlib.redirect_stdout(sys.stderr):
             trainer = make_trainer(case, contestant, folder, clock)
-        construction = now() - start
         with Peak(case.device) as peak, contextlib.redirect_stdout(sys.stderr):
             trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -218,8 +216,7 @@ def run(case: Case, name: str, folder: pathlib.Path) -> dict[str, Any]:
     return {
         "logs": logs,
         "step": common.summary(clock.steps[1:]),
-        "backbone_s": statistics.median(clock.backbone[1:]),
-        "construction_s": construction,  # with a new store: scoring the reference, too
+        "backbone_s": statistics.mean(clock.backbone[1:]),
         "tokens": {
             "computed": statistics.mean(tokens),
             "per_s": sum(tokens) / sum(clock.steps[1:]),
@@ -229,6 +226,18 @@ def run(case: Case, name: str, folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
+def make_store(case: Case, folder: pathlib.Path) -> dict[str, Any]:
+    start = now()
+    with contextlib.redirect_stdout(sys.stderr):
+        make_trainer(case, CONTESTANTS["shared+store"], folder, Clock(case.layers))
+    return {"construction_and_scoring_s": now() - start}
+
+
+def main() -> None:
+    what, where, text = sys.argv[1:]
+    case, folder = Case(**json.loads(text)), pathlib.Path(where)
+    print(json.dumps(make_store(case, folder) if what == "store" else run(case, what, folder)))
+
+
 if __name__ == "__main__":
-    name, folder, case = sys.argv[1:]
-    print(json.dumps(run(Case(**json.loads(case)), name, pathlib.Path(folder))))
+    main()

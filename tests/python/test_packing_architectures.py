@@ -82,6 +82,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "starcoder2": ("Starcoder2", {"sliding_window": 5}),
 }
+# Windows of models that most often have none.
+_EVERY = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mixtral": {"sliding_window": 5},
+    "qwen3": _EVERY,
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 5},
+    "smollm3": {"use_sliding_window": True, **_MIXED},
+}
 MIXTURES = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 
@@ -105,9 +113,13 @@ def test_the_cases_are_the_list() -> None:
     assert CASES.keys() == EXACT_MODEL_TYPES
 
 
-@pytest.mark.parametrize("model_type", CASES)
-def test_packed_row_equals_padded_rows(model_type: str) -> None:
-    model = make(*CASES[model_type])
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [(name, {}) for name in CASES] + list(WINDOWS.items()),
+    ids=lambda value: value if isinstance(value, str) else "window" if value else "",
+)
+def test_packed_row_equals_padded_rows(model_type: str, more: dict[str, Any]) -> None:
+    model = make(*CASES[model_type], **more)
     assert model.config.model_type == model_type
     assert why_not_exact(model) is None
     add_fused_head(model)
@@ -167,6 +179,14 @@ def test_options_that_break_exactness_are_refused_by_name() -> None:
     assert "p=0.1" in str(active_dropout(make("GPT2", {})))
     upcast = make("GPT2", {"reorder_and_upcast_attn": True})
     assert "reorder_and_upcast_attn" in str(why_not_exact(upcast))
+    for name, option in (
+        ("SeedOss", {"attention_dropout": 0.0, "residual_dropout": 0.1}),
+        ("Starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.1}),
+    ):
+        assert list(option)[1] in str(active_dropout(make(name, option)))
+    windows = make(*CASES["qwen2_moe"], **_EVERY)
+    assert "sliding window to the mask" in str(why_not_exact(windows))
+    assert "sliding_window" in str(why_not_exact(make(*CASES["olmoe"], sliding_window=5)))
     noisy = make("Mixtral", CASES["mixtral"][1] | {"router_jitter_noise": 0.1})
     assert "router_jitter_noise" in str(why_not_exact(noisy))
     llama.config._attn_implementation = "flex_attention"
@@ -220,6 +240,18 @@ def test_adapters_that_count_as_exact_are(adapter: Any) -> None:
     got = packed_logps(model, groups)
     torch.testing.assert_close(summed(got), summed(plain), rtol=1e-6, atol=0)
     assert relative_difference(backward(got, model), want) < 1e-5
+
+
+def test_adapters_in_a_plain_model_and_classes_of_fsdp_are_looked_through() -> None:
+    model = make("Llama", {})
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    model.peft_config = {"default": peft.LoraConfig(r=2, target_modules=["q_proj"])}
+    assert why_not_exact(model) is None
+    # As fully_shard makes it.
+    bases = (torch.distributed.fsdp.FSDPModule, type(model))
+    module = {"__module__": "torch.distributed.fsdp._fully_shard._fully_shard"}
+    model.__class__ = type("FSDPLlamaForCausalLM", bases, module)
+    assert why_not_exact(model) is None
 
 
 def test_adapters_that_see_positions_are_refused() -> None:

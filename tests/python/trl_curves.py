@@ -130,6 +130,7 @@ def curve_trainer(
 def curve(trainer_class: Any, folder: Any, name: str, pairs_per_rank: int) -> Curve:
     """Train in this process, or with all the ranks that it belongs to."""
     trainer = curve_trainer(trainer_class, folder, name, pairs_per_rank)
+    assert trainer._shared_prompts.active
     start = {name: whole(p) for name, p in trained(trainer.model).items()}
     first = _FirstGradients()
     trainer.add_callback(first)

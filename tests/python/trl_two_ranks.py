@@ -172,6 +172,7 @@ def _setup(family: str, blank: bool) -> dict[str, Any]:
 def _steps(trainer: Any, optimizer_class: Any, rows: range) -> Curve:
     """Train on `rows` of every four pairs."""
     options = {"lr": 0.5} if optimizer_class is torch.optim.SGD else {"lr": 1e-2, "eps": 1e-4}
+    assert trainer._shared_prompts.active
     optimizer = optimizer_class(trainer.model.parameters(), **options)
     start = {name: whole(p) for name, p in trained(trainer.model).items()}
     gradients: dict[str, Tensor] = {}

@@ -55,6 +55,7 @@ EXACT_MODEL_TYPES = frozenset(
 )
 # Their layers hand keyword arguments down to attention since this release.
 _SINCE_TRANSFORMERS_5 = frozenset({"olmoe", "qwen2_moe"})
+_TRANSFORMERS = Version(transformers.__version__)
 # Adapters that change weights, or scale features: each token by itself.
 EXACT_ADAPTERS = frozenset({"IA3", "LOHA", "LOKR", "LORA", "OFT", "VERA"})
 
@@ -81,10 +82,12 @@ def why_not_exact(model: Any) -> str | None:
             return f"adapters of type {kind} are not known to treat each token by itself"
         if getattr(config, "alora_invocation_tokens", None):
             return "activated LoRA (alora_invocation_tokens) switches by position in a sequence"
-    base = model.get_base_model() if configs else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
-    if not type(base).__module__.startswith("transformers.models."):
-        return f"the code of {type(base).__name__} is not transformers' own"
+    # fully_shard puts a class of its own in front.
+    own = next(each for each in type(base).__mro__ if not each.__module__.startswith("torch."))
+    if not own.__module__.startswith("transformers.models."):
+        return f"the code of {own.__name__} is not transformers' own"
     if config.get_text_config() is not config:
         return f"{type(base).__name__} takes more than text"
     if config.model_type not in EXACT_MODEL_TYPES:
@@ -93,7 +96,7 @@ def why_not_exact(model: Any) -> str | None:
             "a convolution, linear attention or ALiBi carries one completion into the other. "
             f"Its layers: {_layer_classes(base)}"
         )
-    if config.model_type in _SINCE_TRANSFORMERS_5 and Version(transformers.__version__).major < 5:
+    if config.model_type in _SINCE_TRANSFORMERS_5 and _TRANSFORMERS.major < 5:
         return (
             f"{config.model_type} needs transformers 5.0; installed is {transformers.__version__}"
         )
@@ -109,6 +112,14 @@ def _unusual_option(config: Any) -> str | None:
         return "its attention is not causal"
     if options.get("reorder_and_upcast_attn"):
         return "reorder_and_upcast_attn=True bypasses transformers' attention interface"
+    windows = "sliding_attention" in (options.get("layer_types") or ())
+    if config.model_type == "qwen2_moe" and windows:
+        return "its layers keep their sliding window to the mask, which packed rows do not have"
+    if config.model_type == "olmoe" and options.get("sliding_window"):
+        return "its layers have a sliding_window that its mask does not have"
+    scaled = not options.get("scale_attn_weights", True)
+    if (scaled or options.get("scale_attn_by_inverse_layer_idx")) and _TRANSFORMERS.major < 5:
+        return "before transformers 5.0 its scores are scaled within its own attention function"
     if options.get("router_jitter_noise"):
         return "router_jitter_noise makes the experts of a token random"
     return None
@@ -120,8 +131,11 @@ def active_dropout(model: Any) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             return f"{name} has p={module.p}"
-    rate = model.config.to_dict().get("attention_dropout")
-    return f"attention_dropout={rate} in the model's config" if rate else None
+    options = model.config.to_dict()
+    for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
+        if options.get(name):
+            return f"{name}={options[name]} in the model's config"
+    return None
 
 
 def _layer_classes(model: Any) -> str:

@@ -7,7 +7,6 @@ same bits.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,6 +152,7 @@ def plan_batches(index: RecordIndex, max_tokens: int, *, packed: bool = False) -
     stay together: in one batch, or, if there are too many, in batches of the same rank. A record
     longer than `max_tokens` is a batch of its own.
     """
+    lengths, prompts = index.length.tolist(), index.prompt.tolist()
     batches: list[Batch] = []
     batch: list[int] = []
     longest = used = slot = 0
@@ -163,23 +163,37 @@ def plan_batches(index: RecordIndex, max_tokens: int, *, packed: bool = False) -
             batches.append(Batch(np.array(batch, np.int64), slot))
             batch, used, slot = [], 0, slot + 1
 
-    def tokens(members: list[int]) -> int:
-        if packed:
-            return tokens_of(index, members, packed=True)
-        return longest * len(members)  # the batch's first group has the longest record
+    def cut(members: list[int]) -> list[tuple[list[int], int]]:
+        """A group in pieces of at most `max_tokens`, and the tokens of each."""
+        pieces: list[tuple[list[int], int]] = []
+        piece: list[int] = []
+        tokens = 0
+        seen: set[int] = set()  # lengths of the prompts of the piece
+        for member in members:
+            prompt = prompts[member]
+            again = prompt if prompt in seen else 0
+            # Padded: the batch's first group has the longest record.
+            added = lengths[member] - again if packed else longest
+            if piece and tokens + added > max_tokens:
+                pieces.append((piece, tokens))
+                piece, tokens, seen = [], 0, set()
+                added = lengths[member] if packed else longest
+            piece.append(member)
+            tokens += added
+            seen.add(prompt)
+        return [*pieces, (piece, tokens)]
 
     for members in _groups_longest_first(index):
-        if batch and used + tokens(members) > max_tokens:
+        pieces = cut(members)
+        if batch and (len(pieces) > 1 or used + pieces[0][1] > max_tokens):
             close()
         if not batch:
-            longest = int(index.length[members[0]])
-        while len(members) > 1 and tokens(members) > max_tokens:  # only with an empty batch
-            counts = range(1, len(members) + 1)
-            most = bisect.bisect_right(counts, max_tokens, key=lambda n: tokens(members[:n]))
-            batches.append(Batch(np.array(members[: max(1, most)], np.int64), slot))
-            members = members[max(1, most) :]
-        batch += members
-        used += tokens(members)
+            longest = lengths[members[0]]
+            *whole, last = cut(members)
+            batches += [Batch(np.array(piece, np.int64), slot) for piece, _ in whole]
+            pieces = [last]
+        batch += pieces[0][0]
+        used += pieces[0][1]
     close()
     return batches
 

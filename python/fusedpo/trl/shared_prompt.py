@@ -203,7 +203,7 @@ class SharedPrompts:
         if not self.active:
             return None
         packed = inputs.get(KEY)
-        if packed is None or packed.source != _source(inputs):
+        if packed is None or packed.source != _source(inputs) or not _KNOWN.issuperset(inputs):
             try:
                 # Not from our collator, or changed since: this waits for the device.
                 packed = pack_batch(inputs)
@@ -242,6 +242,8 @@ def _dispatches(trainer: Any) -> bool:
     if accelerator.num_processes == 1:
         return False
     configured = accelerator.dataloader_config.dispatch_batches
-    if configured is not None:
+    if configured is not None:  # as TRL does for a stream to train on
         return bool(configured)
-    return isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
+    splits = trainer.eval_dataset
+    splits = splits.values() if isinstance(splits, Mapping) else [splits]
+    return any(isinstance(split, torch.utils.data.IterableDataset) for split in splits)
