@@ -3,8 +3,8 @@
 Every contestant trains in a process of its own on the same model, batches and optimizer. First the
 logs of all are compared with plain TRL's, then their times are reported: a contestant whose logs
 differ is reported as wrong and its times are left out. The model has Qwen2.5-0.5B's shape with
-random weights; where it has fewer layers than 24 and LoRA is trained, the time of 24 is extrapolated
-from the measured time of the backbone, and marked. (With all weights trained, the optimizer's time
+random weights; where it has fewer layers than 24 and LoRA is trained, the time of 24 is
+extrapolated from the measured time of the backbone. (With all weights trained, the optimizer's time
 depends on the layers, too.)
 """
 
@@ -100,7 +100,8 @@ def measure(case: Case, contestants: list[str]) -> dict[str, Any]:
 def line(run: dict[str, Any]) -> str:
     deep = ""
     if "step_of_24_layers_s" in run:
-        deep = f"24 layers {run['step_of_24_layers_s']:7.2f} s ({run['faster_with_24_layers']:4.2f}x)  "
+        seconds = run["step_of_24_layers_s"]
+        deep = f"24 layers {seconds:7.2f} s ({run['faster_with_24_layers']:4.2f}x)  "
     return (
         f"{run['step']['median_s']:7.2f} s/step ({run['faster']:4.2f}x)  {deep}"
         f"backbone {run['backbone_s']:6.2f} s ({run['backbone_faster']:4.2f}x for "
