@@ -86,7 +86,8 @@ def step_table(path: pathlib.Path) -> str:
     lines = [
         "Whole steps of DPO on real prompts, Qwen2.5-0.5B's shape with "
         f"{layers} of its 24 layers. {env['cpu']}, {env['threads']} threads, "
-        f"{' '.join(env['flags'])}; torch {env['versions']['torch']}, TRL {env['versions']['trl']}. "
+        f"{' '.join(env['flags'])}; torch {env['versions']['torch']}, "
+        f"TRL {env['versions']['trl']}. "
         "How many times faster than TRL's a step is (in brackets: with 24 layers, at the measured "
         "time per layer) and its peak memory above the weights as a share of TRL's.",
         "",
