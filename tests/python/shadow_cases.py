@@ -96,7 +96,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         result = self._compute_loss(model, inputs, return_outputs)
         call.loss = (result[0] if return_outputs else result).item()
         metrics = self.trainer._metrics[call.mode]
-        call.metrics = {name: values[-1] for name, values in metrics.items()}
+        call.metrics = {
+            name: values[-1]
+            for name, values in metrics.items()
+            if not name.startswith("tokens/")  # ours alone
+        }
         return result
 
     def gather(self, values: Tensor) -> Tensor:
