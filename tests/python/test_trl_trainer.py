@@ -21,6 +21,7 @@ import trl.trainer.dpo_trainer as trl_dpo
 from datasets import Dataset
 from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.bindings import replaced_names
+from fusedpo.trl.versions import at_least
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOTrainer
 from trl_helpers import (
@@ -78,6 +79,8 @@ SETUPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_every_logged_value_equals_trl(setup: str, tmp_path: Any) -> None:
+    if setup == "prompt tuning" and not at_least(1, 15):
+        pytest.skip("TRL before 1.15 fails on virtual tokens; FusedDPOTrainer is tested below")
     theirs = logged(train(DPOTrainer, tmp_path / "trl", **SETUPS[setup]()))
     ours = logged(train(FusedDPOTrainer, tmp_path / "fusedpo", **SETUPS[setup]()))
     assert theirs[0].keys() >= DPO_METRICS | {"loss", "grad_norm"}
