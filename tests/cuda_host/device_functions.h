@@ -132,4 +132,3 @@ inline double __longlong_as_double(long long x) { return fusedpo_bit_cast<double
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-
