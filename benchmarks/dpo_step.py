@@ -24,7 +24,7 @@ from benchmarks.dpo_step_run import CONTESTANTS, LAYERS, Case
 FILES = ("llamafactory-dpo-en", "pandalm-human", "llmbar", "anthropic-evals-yesno")
 # Largest relative difference of a logged value from TRL's. In bf16 the contestants round at
 # different places; log-probs are sums over many tokens, and tell most of a wrong attention.
-ALLOWED = {"fp32": {"": 2e-4}, "amp": {"": 2e-2, "logps/": 5e-4, "loss": 2e-3}}
+ALLOWED = {"fp32": {"": 2e-4}, "amp": {"": 2e-2, "logps/": 5e-4, "loss": 5e-3}}
 
 
 def child(case: Case, what: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -78,7 +78,8 @@ def compare(run: dict[str, Any], trl: dict[str, Any], case: Case) -> None:
 
 def measure(case: Case, contestants: list[str]) -> dict[str, Any]:
     runs: dict[str, Any] = {}
-    result: dict[str, Any] = {"case": case._asdict(), "runs": runs}
+    names = {name: pathlib.Path(getattr(case, name)).name for name in ("data", "tokenizer")}
+    result: dict[str, Any] = {"case": case._asdict() | names, "runs": runs}
     with tempfile.TemporaryDirectory() as folder:
         if any(CONTESTANTS[name].store for name in contestants):
             result["store"] = child(case, "store", pathlib.Path(folder))
