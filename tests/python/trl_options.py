@@ -10,6 +10,8 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import trl_options_loop
+
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "trl.md"
 BEGIN = "<!-- options: written by `python tests/python/trl_options.py` -->"
 END = "<!-- /options -->"
@@ -18,6 +20,7 @@ EQUAL = "as in TRL"  # two steps of both trainers log the same numbers
 SAME_END = "as in TRL, or its error"  # the machine decides: equal numbers, or one error of both
 REFUSED = "refused"  # by FusedDPOTrainer, when it is built; the message names the option
 ELSEWHERE = "as in TRL"  # by a test that this one cannot replace
+LOOP = "passed on"  # to transformers' loop, untried
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,17 @@ def _row(name: str, value: Any, *more: Any, **options: Any) -> Row:
 
 _EVALUATION = {"setup": {"evaluate": True}, "with_": {"eval_strategy": "steps", "eval_steps": 1}}
 _BY_PATH = {"setup": {"by_path": True}}
+
+
+def _of_the_loop() -> list[Row]:
+    rows = []
+    for name, (value, more) in trl_options_loop.TRIED.items():
+        evaluates = {"evaluate": True} if "eval_strategy" in more else {}
+        rows.append(_row(name, value, with_=more, setup=evaluates))
+    for name, reason in trl_options_loop.NOT_TRIED.items():
+        rows.append(Row(name, {}, LOOP, where=reason))
+    return rows
+
 
 ROWS = (
     # What TRL's DPOConfig declares.
@@ -112,7 +126,7 @@ ROWS = (
         note="an error without liger-kernel; Liger's layers only. Refused below TRL 1.15, where it "
         "selects another loss",
     ),
-    # Options of transformers that touch what FusedDPOTrainer does. The others are the loop's.
+    # Options of transformers that touch what FusedDPOTrainer does.
     _row("fp16", True, note="autocast; within fp16's rounding"),
     _row(
         "gradient_checkpointing_kwargs",
@@ -161,6 +175,7 @@ ROWS = (
     ),
     Row("resume_from_checkpoint", {}, ELSEWHERE, where="test_trl_drop_in.py"),
     Row("report_to", {}, ELSEWHERE, where="test_trl_drop_in.py"),
+    *_of_the_loop(),
 )
 
 
