@@ -99,7 +99,8 @@ head=("$python" -m benchmarks.head --device cuda ${rehearse:+--rehearse} --round
 if [ -z "$rehearse" ]; then stage "build" 180 bash -c build; else stage "build" 300 bash -c build_for_cpu; fi ||
   { echo "nothing can run without the build" && exit 1; }
 stage "doctor" 30 "$python" -m fusedpo
-stage "tests: device" 140 "${tests[@]}" tests/python/test_cuda.py
+stage "tests: device" 140 "${tests[@]}" tests/python/test_cuda.py \
+  tests/python/test_cuda_memory.py
 stage "logits" 60 "$python" -m benchmarks.logits ${rehearse:+--rehearse} --quick --out "$out/logits.json"
 # The targets' cases come first; every case is on disk as soon as it is timed.
 stage "head" 150 "${head[@]}" --seconds 90

@@ -14,5 +14,5 @@ tests() { scripts/pytest.sh "$venv/bin/python" --durations=5 -k "$left_out" "${@
 tests test_cuda_host.py test_token_logps.py test_linear_logps.py test_gradients.py test_contract.py \
   test_autocast.py test_extremes.py test_losses.py
 # The GPU's own group, as far as it holds without one.
-FUSEDPO_TEST_DEVICE=cpu tests test_cuda.py
+FUSEDPO_TEST_DEVICE=cpu tests test_cuda.py test_cuda_memory.py
 FUSEDPO_TEST_CAPTURING=1 tests test_gradients.py test_autocast.py

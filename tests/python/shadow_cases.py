@@ -17,25 +17,12 @@ from fusedpo.trl import FusedDPOTrainer
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import DPOTrainer
-from trl_helpers import make_trainer
+from trl_helpers import DPO_METRICS, make_trainer
 
 LOSS_AND_METRICS = 1e-5  # relative
 GRADIENTS = 1e-4  # of the largest entry of a parameter's gradient
 # A gradient that is 0 but for rounding (of a key's bias) has the size of the others' errors.
 NEGLIGIBLE = 1e-3
-METRICS = {
-    "entropy",
-    "num_tokens",
-    "logits/chosen",
-    "logits/rejected",
-    "mean_token_accuracy",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-}
 
 
 @dataclass
@@ -163,7 +150,7 @@ def assert_equal_runs(got: Run, want: Run, beta: float) -> None:
         for name, value in theirs.batch.items():
             if not name.startswith("ref_"):  # precomputed: ours are in a store
                 assert torch.equal(ours.batch[name], value), f"other batches: {name}"
-        assert ours.metrics.keys() == theirs.metrics.keys() >= METRICS
+        assert ours.metrics.keys() == theirs.metrics.keys() >= DPO_METRICS
         pairs = {"loss": (ours.loss, theirs.loss)}
         pairs |= {name: (ours.metrics[name], value) for name, value in theirs.metrics.items()}
         for name, (mine, value) in pairs.items():

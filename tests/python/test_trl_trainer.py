@@ -25,6 +25,7 @@ from fusedpo.trl.versions import at_least
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOTrainer
 from trl_helpers import (
+    DPO_METRICS,
     assert_equal_logs,
     logged,
     make_config,
@@ -37,21 +38,6 @@ from trl_helpers import (
 )
 
 pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
-
-DPO_METRICS = {
-    "entropy",
-    "num_tokens",
-    "logits/chosen",
-    "logits/rejected",
-    "mean_token_accuracy",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-}
-
 
 # What a trainer logs: averages over micro-batches, and what an evaluation adds. How each step is
 # computed, in many more setups, is compared in test_trl_shadow.
@@ -108,6 +94,21 @@ def test_virtual_tokens_are_scored_and_left_out_on_every_trl(tmp_path: Any) -> N
     torch.testing.assert_close(got, want * completion[:, 1:], rtol=1e-5, atol=1e-5)
     reference = trainer.compute_ref_log_probs(trainer.model, batch)
     assert ((got.sum(1) - torch.cat(reference)).abs() > 1e-3).all()  # which has none of them
+
+
+def test_ranks_that_are_given_one_batch_count_its_tokens_once(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    def counts() -> dict[str, float]:
+        trainer = train(FusedDPOTrainer, tmp_path, max_steps=1)
+        names = ("num_tokens", "tokens/computed", "tokens/padded")
+        return {name: trainer.state.log_history[0][name] for name in names}
+
+    alone = counts()
+    assert min(alone.values()) > 10
+    monkeypatch.setattr(FusedDPOTrainer, "_tensor_parallel_size", lambda trainer: 2)
+    halves = {name: count / 2 for name, count in alone.items()}
+    assert counts() == halves | {"num_tokens": alone["num_tokens"] // 2}
 
 
 def test_aux_loss_is_logged_and_changes_the_loss(tmp_path: Any) -> None:

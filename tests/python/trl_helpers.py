@@ -149,6 +149,22 @@ def make_model(family: str = "llama", seed: int = 0, std: float = 0.2) -> Any:
     return model
 
 
+# What DPOTrainer logs in every step, besides the loop's.
+DPO_METRICS = {
+    "entropy",
+    "num_tokens",
+    "logits/chosen",
+    "logits/rejected",
+    "mean_token_accuracy",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+}
+
+
 def lora(**options: Any) -> peft.LoraConfig:
     # With a task, as most users' and all saved ones: its PeftModel has a forward of its own.
     options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], **options}

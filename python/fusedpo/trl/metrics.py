@@ -24,6 +24,7 @@ def step_metrics(
     result: PreferenceLoss,
     aux_loss: Tensor | None,
     tokens: tuple[int, int],
+    copies: int,
 ) -> tuple[dict[str, float], int]:
     """Return TRL's metrics of this step by name, and the number of tokens in the batch of all
     ranks. Two are not TRL's: `tokens/computed` and `tokens/padded`, what the policy's backbone
@@ -39,6 +40,7 @@ def step_metrics(
         aux_loss: the router loss of a mixture of experts (0-d) where it is part of the loss.
         tokens: what the backbone computes for the batch, and the padded batch would have it
             compute.
+        copies: how many ranks are given each batch (tensor parallelism); its tokens count once.
     """
     seq_len = completion_mask.shape[1]
     # Prompt-learning adapters put virtual tokens before the sequence: only the last seq_len
@@ -99,8 +101,8 @@ def step_metrics(
     for name in pair_sums:
         metrics[name] = sums[name] / sums["pairs"]
     for name in ("tokens/computed", "tokens/padded"):
-        metrics[name] = sums[name]
-    return metrics, int(sums["num_tokens"])
+        metrics[name] = sums[name] / copies
+    return metrics, int(sums["num_tokens"]) // copies
 
 
 def _ratio(value: float, count: float) -> float:

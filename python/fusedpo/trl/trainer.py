@@ -277,9 +277,10 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             result,
             aux_loss,
             self._tokens(inputs),
+            self._tensor_parallel_size(),
         )
         if mode == "train":
-            self._total_train_tokens += num_tokens // self._tensor_parallel_size()
+            self._total_train_tokens += num_tokens
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
