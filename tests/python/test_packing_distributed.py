@@ -16,9 +16,12 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
 from trl_helpers import assert_equal_logs
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_gloo_available(), reason="this torch is built without gloo"
-)
+pytestmark = [
+    pytest.mark.trl,
+    pytest.mark.skipif(
+        not torch.distributed.is_gloo_available(), reason="this torch is built without gloo"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
