@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import IterableDataset
+from accelerate.data_loader import DataLoaderDispatcher
+from datasets import Dataset, IterableDataset
 from fusedpo._head import add_fused_head
 from fusedpo._packing.attention import use_packed_attention
 from fusedpo.trl import FusedDPOTrainer
@@ -54,17 +55,21 @@ def fsdp2(rank: int) -> dict[str, float]:
 
 
 def stream(folder: pathlib.Path, share_prompts: bool) -> Any:
+    """Train on rows, evaluate on a stream: accelerate reads that on one rank for both."""
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
     trainer = FusedDPOTrainer(
         make_model(),
         ref_model=make_model(),
-        args=make_config(folder, max_steps=3, per_device_train_batch_size=2),
-        train_dataset=IterableDataset.from_generator(make_pairs),
+        args=make_config(folder, per_device_train_batch_size=2, **options),
+        train_dataset=Dataset.from_list(make_pairs()),
+        eval_dataset=IterableDataset.from_generator(make_pairs),
         processing_class=make_tokenizer(),
-        # The batches of a stream are joined and cut again: they have to be of one length.
+        # Such batches are joined and cut again: they have to be of one length.
         data_collator=DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=32),
         share_prompts=share_prompts,
     )
     trainer.train()
+    assert isinstance(trainer.get_eval_dataloader(), DataLoaderDispatcher)
     return trainer
 
 
