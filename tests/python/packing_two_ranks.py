@@ -15,6 +15,7 @@ from fusedpo._head import add_fused_head
 from fusedpo._packing.attention import use_packed_attention
 from fusedpo.trl import FusedDPOTrainer
 from packing_helpers import LENGTHS, make_groups, packed_logps, relative_difference, summed
+from ranks import leave
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -83,7 +84,7 @@ def main(folder: pathlib.Path) -> None:
         results["tokens"][name] = trainer.state.log_history[0]["tokens/computed"]
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from fusedpo import RefStore
 from fusedpo._head import add_fused_head
 from fusedpo.trl import FusedDPOTrainer
+from ranks import leave
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -226,4 +227,4 @@ if __name__ == "__main__":
         if dist.get_rank() == 0:
             text = json.dumps(result_of_check)
             (directory / f"{check}.json").write_text(text, encoding="utf-8")
-    dist.destroy_process_group()
+    leave()

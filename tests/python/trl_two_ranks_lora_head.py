@@ -6,6 +6,7 @@ import peft
 import torch
 import torch.distributed as dist
 from fusedpo._head import add_fused_head
+from ranks import leave
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -54,7 +55,7 @@ def main() -> None:
                     got, mean, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
                 )
         assert base.lm_head.base_layer.weight.grad is None
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
