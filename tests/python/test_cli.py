@@ -67,25 +67,19 @@ def as_json(result: tuple[int, str, str]) -> dict[str, Any]:
 
 
 def test_help_names_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    assert stop.value.code == 0
+    assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in (*COMMANDS, "exit codes", "run it again"):
+    for word in (*COMMANDS, "Exit codes", "run it again"):
         assert word in text
     for command in COMMANDS:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--help"])
-        assert stop.value.code == 0
+        assert cli.main([command, "--help"]) == 0
         assert "--json" in capsys.readouterr().out
 
 
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["score"], ["precompute"], ["inspect"], ["precompute", "--dtype", "int"]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        assert stop.value.code == 2
-        assert "usage: fusedpo" in capsys.readouterr().err
+        assert cli.main(arguments) == 2
+        assert "Usage: fusedpo" in capsys.readouterr().err
 
 
 def test_every_flag_of_precompute_reaches_it(
