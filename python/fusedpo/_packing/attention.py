@@ -8,6 +8,8 @@ batches) the model's former attention runs, to the bit.
 
 A segment of `prompt | completion | completion ...` is one causal problem for prompt and first
 completion together, and one for each further completion, whose keys are the prompt's and its own.
+All problems of a row are one call where variable-length attention runs (varlen.py), else each is
+one of scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import varlen
 from .layout import Segment
 from .names import NAMES, former_implementation, takes_packed_rows
 
@@ -118,18 +121,27 @@ def attend_in_segments(
             f"packed rows need attention without dropout; {type(module).__name__} has {dropout}."
         )
     table.calls += 1
-    attend = _scores if softcap is not None or s_aux is not None else _fused
-    outputs = [
-        # [1, heads, L, d] -> [1, L, heads, d]
-        attend(q, k, v, table, scaling, sliding_window, softcap, s_aux).transpose(1, 2)
-        for q, k, v in _problems(query, key, value, table)
-    ]
-    return torch.cat(outputs, 1), None
+    forms_scores = softcap is not None or s_aux is not None
+    attend = _scores if forms_scores else _fused
+    problems = [problem for problem in _problems(query, key, value, table) if problem[0].shape[2]]
+
+    def one_by_one() -> Tensor:
+        outputs = [
+            # [1, heads, L, d] -> [1, L, heads, d]
+            attend(q, k, v, table, scaling, sliding_window, softcap, s_aux).transpose(1, 2)
+            for q, k, v in problems
+        ]
+        return torch.cat(outputs, 1)
+
+    at_once = not forms_scores and varlen.usable(query, value)
+    if at_once and varlen.agrees(problems, scaling, sliding_window, one_by_one):
+        return varlen.attend(problems, scaling, sliding_window), None
+    return one_by_one(), None
 
 
 def _problems(
     query: Tensor, key: Tensor, value: Tensor, table: SegmentTable
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[varlen.Problem]:
     """Queries, keys and values of each completion; the first ones with the queries of the prompt.
 
     The row is split, not sliced: the gradient of a split is one concatenation, that of each slice a
@@ -157,8 +169,6 @@ def _fused(
     *_: Any,
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    if not queries:
-        return q
     plain = queries == keys and (window is None or keys <= window)
     shared = q.shape[1] // k.shape[1]  # query heads per key head
     if shared > 1 and not plain and q.device.type == "cuda":
@@ -188,8 +198,6 @@ def _scores(
     """The same with the scores formed, for what scaled_dot_product_attention lacks."""
     _, heads, queries, size = q.shape
     key_heads, keys = k.shape[1], k.shape[2]
-    if not queries:
-        return q
     # Query heads of one key head are neighbours: [1, key heads, heads per key head, L, d].
     grouped = q.reshape(1, key_heads, heads // key_heads, queries, size)
     scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
