@@ -8,7 +8,8 @@
 # fails or hangs never costs the later ones. FOLDER receives
 #
 #   stages.json                                      each stage's seconds and exit status
-#   head.json logits.json losses.json targets.json   results; targets.json judges them row by row
+#   head.json logits.json losses.json packed_attention.json targets.json   results, and a judgement
+#                                                    of them, row by row
 #   log.txt                                          the end of what every stage printed
 #
 # Ends with 0 if every stage did. --rehearse runs all of it on a CPU, tiny: it measures nothing.
@@ -22,10 +23,10 @@ while [ $# -gt 0 ]; do
     --out) out=$2 && shift 2 ;;
     --minutes) minutes=$2 && shift 2 ;;
     --rehearse) rehearse=--rehearse && shift ;;
-    *) sed -n 2,17p "$0" | cut -c3- >&2 && exit 2 ;;
+    *) sed -n 2,18p "$0" | cut -c3- >&2 && exit 2 ;;
   esac
 done
-[ -n "$out" ] || { sed -n 2,17p "$0" | cut -c3- >&2 && exit 2; }
+[ -n "$out" ] || { sed -n 2,18p "$0" | cut -c3- >&2 && exit 2; }
 mkdir -p "$out" && out=$(realpath "$out")
 site=$(pwd)/build/gpu-site
 mkdir -p build && rm -rf "$site" "$out/stages.json" && : > "$out/log.txt"
@@ -105,6 +106,8 @@ stage "logits" 60 "$python" -m benchmarks.logits ${rehearse:+--rehearse} --quick
 # The targets' cases come first; every case is on disk as soon as it is timed.
 stage "head" 150 "${head[@]}" --seconds 90
 stage "losses" 60 "$python" -m benchmarks.losses --device cuda ${rehearse:+--rehearse} --out "$out/losses.json"
+stage "attention" 40 "$python" -m benchmarks.packed_attention $([ -n "$rehearse" ] || echo --device cuda) \
+  $([ -z "$rehearse" ] || echo --rounds 1 --pairs 1) --out "$out/packed_attention.json"
 stage "targets" 20 "$python" -m benchmarks.targets "$out"
 if [ -z "$rehearse" ]; then
   stage "tests: contract" 120 "${tests[@]}" tests/python/test_cuda_contract.py
