@@ -18,9 +18,12 @@ from .rows import (
     Text,
     Value,
 )
+from .saving import write_records
+from .targets import TARGETS, to_record
 
 __all__ = [
     "FORMS",
+    "TARGETS",
     "FormatError",
     "LabelledCompletion",
     "Loaded",
@@ -32,4 +35,6 @@ __all__ = [
     "Value",
     "from_record",
     "read_rows",
+    "to_record",
+    "write_records",
 ]

@@ -135,7 +135,10 @@ def _parquet(path: str) -> Iterator[Found]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f'reading {path} needs pyarrow; pip install "fusedpo[tools]"') from error
-    table = pyarrow.parquet.ParquetFile(path)
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise FormatError(f"{path} must be Parquet; {error}") from None
     row = 0
     for batch in table.iter_batches():
         for record in batch.to_pylist():

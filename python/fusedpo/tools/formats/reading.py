@@ -7,8 +7,9 @@ from collections import Counter
 from typing import Any
 
 from .files import read_records
-from .forms import FORMS, Form, Record, form_named
+from .forms import FORMS, Form, form_named
 from .messages import KEYS
+from .parsers import Record
 from .rows import FormatError, Loaded, Problem, Row
 
 _MESSAGE_KEYS = {key for keys in KEYS for key in keys}

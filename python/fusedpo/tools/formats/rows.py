@@ -25,6 +25,9 @@ class PreferencePair:
     chosen: Text
     rejected: Text
 
+    def __post_init__(self) -> None:
+        _check_alike(prompt=self.prompt, chosen=self.chosen, rejected=self.rejected)
+
 
 @dataclass(frozen=True)
 class LabelledCompletion:
@@ -33,6 +36,16 @@ class LabelledCompletion:
     prompt: Text
     completion: Text
     label: bool
+
+    def __post_init__(self) -> None:
+        _check_alike(prompt=self.prompt, completion=self.completion)
+
+
+def _check_alike(**parts: Text) -> None:
+    kinds = {name: type(part).__name__ for name, part in parts.items()}
+    if set(kinds.values()) not in ({"str"}, {"list"}):
+        told = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise TypeError(f"all must be texts, or all lists of messages; got {told}.")
 
 
 Value = PreferencePair | LabelledCompletion

@@ -31,34 +31,67 @@ class Template:
         """What a prompt ends with."""
         return self.openings["assistant"]
 
-    def render(self, prompt: Sequence[Message], completion: Sequence[Message]) -> tuple[str, str]:
-        """Return (prompt, completion) as texts; the completion is one turn, or several.
+    def render(
+        self, prompt: list[Message], completions: Sequence[list[Message]]
+    ) -> tuple[str, list[str]]:
+        """Return the prompt and its completions as texts.
 
         Raises:
             FormatError: a content has one of the template's own marks.
         """
-        head = "".join(self._turn(message) for message in prompt) + self.generation
-        tail = "".join(self._turn(message) for message in completion)
-        return head, tail.removeprefix(self.generation).removesuffix(self.between)
+        return self._turns(prompt) + self.generation, [
+            self._turns(turns).removeprefix(self.generation).removesuffix(self.between)
+            for turns in completions
+        ]
 
-    def parse(self, text: str) -> list[Message] | None:
-        """Return the turns of a text; None if it is not wholly of this template."""
+    def read(
+        self, prompt: str, completions: Sequence[str]
+    ) -> tuple[list[Message], list[list[Message]]]:
+        """Return the turns of what `render` wrote; the assistant's opening may also be where each
+        completion begins.
+
+        Raises:
+            FormatError: the texts are not wholly of this template.
+        """
+        opened = prompt.removesuffix(self.gap)
+        if opened.endswith(self.generation):
+            prompt = opened.removesuffix(self.generation)
+            completions = [self.generation + completion for completion in completions]
+        turns = [self.parse(text) for text in completions]
+        head = self.parse(prompt, ended=True) if prompt else []
+        if head is None or None in turns:
+            raise FormatError(
+                f"the texts begin as the template {self.name} and do not go on so; the prompt must "
+                f"end with {self.generation!r}; got {prompt[-40:]!r}"
+            )
+        return head, [each for each in turns if each is not None]
+
+    def parse(self, text: str, *, ended: bool = False) -> list[Message] | None:
+        """Return the turns of a text; None if it is not wholly of this template.
+
+        The last turn is that of a completion, which may lack its end, unless it is `ended`.
+        """
         pieces = self._split(text)
         if not pieces:
             return None
         turns = []
-        for index, (opening, content) in enumerate(pieces):
-            end = self.closing + self.between
-            if index == len(pieces) - 1:
-                end = self.closing if not content.endswith(end) else end
-            if not content.endswith(end):
+        for left, (opening, content) in enumerate(reversed(pieces)):
+            ends = [self.closing + self.between]
+            if left == 0 and not ended:
+                ends += [self.closing, ""]
+            end = next((end for end in ends if content.endswith(end)), None)
+            if end is None:
                 return None
             content = content.removesuffix(end).removeprefix(self.gap)
             turns.append({"role": self._role(opening), "content": content})
-        return turns
+        return turns[::-1]
 
     def begins(self, text: str) -> bool:
         return text.startswith(tuple(self.openings.values()))
+
+    def mark_in(self, text: str) -> str | None:
+        """The opening of a turn that the text has somewhere; None if there is none."""
+        return next((mark for mark in self.openings.values() if mark in text), None)
 
     def _split(self, text: str) -> list[tuple[str, str]]:
         marks = "|".join(re.escape(mark) for mark in self.openings.values())
@@ -68,16 +101,18 @@ class Template:
     def _role(self, opening: str) -> str:
         return next(role for role, mark in self.openings.items() if mark == opening)
 
+    def _turns(self, messages: list[Message]) -> str:
+        return "".join(self._turn(message) for message in messages)
+
     def _turn(self, message: Message) -> str:
-        content = message["content"]
-        for mark in (*self.openings.values(), self.closing):
-            # The line break that ends an opening is not what makes it one.
-            if mark.rstrip("\n") and mark.rstrip("\n") in content:
-                raise FormatError(
-                    f"a message of the {message['role']} has {mark!r} in it, which the template "
-                    f"{self.name} would take for a turn's mark"
-                )
-        return self.openings[message["role"]] + self.gap + content + self.closing + self.between
+        role, content = message["role"], message["content"]
+        marks = [mark.rstrip("\n") for mark in (*self.openings.values(), self.closing) if mark]
+        found = next((mark for mark in marks if mark in content), None)
+        if found is not None:
+            raise FormatError(
+                f"a message of the {role} has {found!r} in it, a mark of the template {self.name}"
+            )
+        return self.openings[role] + self.gap + content + self.closing + self.between
 
 
 def _by_role(pattern: str, system: str, user: str, assistant: str) -> dict[str, str]:
