@@ -217,6 +217,15 @@ def test_a_row_that_cannot_be_converted_is_reported_and_the_others_go_through(
     assert "3 rows could not be converted" in text
 
 
+def test_what_is_wrong_with_both_completions_of_a_pair_is_reported_once(
+    tmp_path: pathlib.Path,
+) -> None:
+    source = write(tmp_path / "a.jsonl", [TEXTS, {**TEXTS, "prompt": "a\n\nHuman: b"}])
+    report = convert(source, tmp_path / "b.jsonl", to="kto")
+    assert [problem.line for problem in report.problems] == [2]
+    assert report.rows_written == 2
+
+
 def test_columns_that_are_lost_are_told(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path / "a.jsonl", [{**TEXTS, "id": 7}, TEXTS])
     report = convert(source, tmp_path / "b.jsonl", to="conversational")
@@ -238,6 +247,8 @@ def test_values_that_are_no_conversation_are_reported_by_their_number(
     wrong = PreferencePair([{"role": "cook", "content": "a"}], PAIR.chosen, PAIR.rejected)
     report = convert([PAIR, wrong], tmp_path / "a.jsonl", to="hh")
     assert "the values:2: prompt[0].role must be one of" in str(report.problems[0])
+    with pytest.raises(ValueError, match="only a file has a form to name; got form='hh'"):
+        convert([PAIR], tmp_path / "a.jsonl", to="hh", form="hh")
     with pytest.raises(FormatError, match="at least one value"):
         convert([], tmp_path / "a.jsonl", to="hh")
 

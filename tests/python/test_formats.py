@@ -289,7 +289,7 @@ def test_an_unknown_form_lists_what_was_looked_for(tmp_path: pathlib.Path) -> No
 
 def test_a_row_of_two_forms_is_refused_unless_one_is_named(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, [TEXTS | {"completion": " 4", "label": True}])
-    with pytest.raises(FormatError, match=r"1 rows are preference or kto \(first: line 1\)"):
+    with pytest.raises(FormatError, match="got preference or kto in 1, the first in line 1"):
         read_rows(path)
     assert read_rows(path, "kto").rows[0].value == LabelledCompletion("2+2?", " 4", True)
     loaded = read_rows(path, "preference")
@@ -299,7 +299,7 @@ def test_a_row_of_two_forms_is_refused_unless_one_is_named(tmp_path: pathlib.Pat
 
 def test_rows_of_two_forms_are_refused_unless_one_is_named(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path, [TEXTS, CASES["sharegpt"][1], TEXTS])
-    with pytest.raises(FormatError, match=r"2 rows are preference .*1 rows are sharegpt .*line 2"):
+    with pytest.raises(FormatError, match=r"preference in 2, .*sharegpt in 1, the first in line 2"):
         read_rows(path)
     loaded = read_rows(path, "preference")
     assert [row.line for row in loaded.rows] == [1, 3]

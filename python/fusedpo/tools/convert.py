@@ -59,10 +59,7 @@ class ConvertReport:
             f"{self.source}: {_rows(self.rows_read)} of {self.form}",
             f"{self.output}: {_rows(self.rows_written)} of {self.to}{by}",
         ]
-        for name, rows in self.read_as.items():
-            how = f"had the marks of {name}" if name != "plain" else "had no marks of turns: each "
-            how += "" if name != "plain" else "prompt became one message of the user"
-            lines.append(f"{_rows(rows)} {how}")
+        lines += [f"{_rows(count)} {_how_read(how)}" for how, count in self.read_as.items()]
         if self.not_carried:
             names = ", ".join(f"{name} ({_rows(n)})" for name, n in self.not_carried.items())
             lines.append(f"not carried over: {names}")
@@ -110,6 +107,8 @@ def convert(
         check_output(output, name)
         loaded = read_rows(name, form)
     else:
+        if form is not None:
+            raise ValueError(f"only a file has a form to name; got form={form!r} and values.")
         name = "the values"
         check_output(output, None)
         loaded = _given(source, name)
@@ -126,7 +125,8 @@ def convert(
             continue
         if how not in (None, "messages"):
             read_as[how] += 1
-    problems.sort(key=lambda problem: problem.line)
+    # Once each: what is wrong with a pair may be wrong with both of its completions.
+    problems = sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
     if not records:
         raise FormatError(f"no row of {name} could be converted. The first: {problems[0]}")
     write_records(records, output)
@@ -177,6 +177,12 @@ def _form_of(value: Value) -> str:
     if isinstance(value, PreferencePair):
         return "preference" if isinstance(value.prompt, str) else "conversational"
     return "kto"
+
+
+def _how_read(how: str) -> str:
+    if how == "plain":
+        return "had no marks of turns: each prompt became one message of the user"
+    return f"had the marks of {how}"
 
 
 def _rows(count: int) -> str:

@@ -81,12 +81,12 @@ def _recognise(file: str, records: list[tuple[int, Record]]) -> Form:
         raise FormatError(_unknown(file, *records[0]))
     if len(counts) > 1 or len(next(iter(counts))) > 1:
         seen = "; ".join(
-            f"{counts[names]} rows are {' or '.join(names)} (first: line {first_lines[names]})"
+            f"{' or '.join(names)} in {counts[names]}, the first in line {first_lines[names]}"
             for names in counts
         )
         raise FormatError(
-            f"{file} must have one form; {seen}. Name the form that is meant (--from); "
-            "rows that are not of it are reported."
+            f"all rows of {file} must have one form; got {seen}. Name the form that is meant "
+            "(--from); rows that are not of it are reported."
         )
     return FORMS[next(iter(counts))[0]]
 
