@@ -1,0 +1,123 @@
+"""The forms that preference data comes in: how each is recognised, and read into a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import parsers
+from .messages import is_message, is_messages
+from .parsers import Record
+from .rows import Value
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to keep preference data."""
+
+    name: str
+    looks_like: str  # for the message about a file that has no known form
+    columns: frozenset[str]  # all that `parse` may read
+    matches: Callable[[Record], bool]
+    parse: Callable[[Record], Value]  # raises FormatError
+
+
+def from_record(record: Record, form: str) -> Value:
+    """Return the value of one row.
+
+    Args:
+        record: the row, as its file has it.
+        form: a name in `FORMS`.
+
+    Raises:
+        FormatError: the row is not of that form; the message says what must hold.
+        ValueError: no such form.
+
+    >>> from_record({"instruction": "Add.", "input": "1 1", "output": ["2", "3"]}, "instruction")
+    PreferencePair(prompt=[{'role': 'user', 'content': 'Add.\\n\\n1 1'}], \
+chosen=[{'role': 'assistant', 'content': '2'}], rejected=[{'role': 'assistant', 'content': '3'}])
+    """
+    return form_named(form).parse({k: v for k, v in record.items() if v is not None})
+
+
+def form_named(name: str) -> Form:
+    if name not in FORMS:
+        raise ValueError(f"the form must be one of {', '.join(FORMS)}; got {name!r}.")
+    return FORMS[name]
+
+
+def _are_texts(record: Record, *names: str) -> bool:
+    return all(isinstance(record.get(name), str) for name in names)
+
+
+def _is_kto(record: Record) -> bool:
+    labelled = "label" in record or "kto_tag" in record
+    return labelled and (
+        ("prompt" in record and "completion" in record)
+        or is_messages(record.get("messages"))
+        or is_messages(record.get("conversations"))
+    )
+
+
+def _is_pair_of_messages(record: Record) -> bool:
+    return all(
+        is_messages(record.get(n)) or is_message(record.get(n)) for n in ("chosen", "rejected")
+    )
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            "preference",
+            "prompt, chosen, rejected: texts",
+            frozenset(("prompt", "chosen", "rejected")),
+            lambda r: _are_texts(r, "prompt", "chosen", "rejected"),
+            parsers.preference,
+        ),
+        Form(
+            "conversational",
+            "prompt, chosen, rejected: lists of messages (without prompt: whole conversations)",
+            frozenset(("prompt", "chosen", "rejected")),
+            lambda r: _is_pair_of_messages(r) and "conversations" not in r,
+            parsers.conversational,
+        ),
+        Form(
+            "sharegpt",
+            "conversations: a list of messages; chosen, rejected: a message each",
+            frozenset(("conversations", "chosen", "rejected", "system")),
+            lambda r: _is_pair_of_messages(r) and is_messages(r.get("conversations")),
+            parsers.sharegpt,
+        ),
+        Form(
+            "hh",
+            "chosen, rejected: transcripts that begin with \\n\\nHuman:",
+            frozenset(("chosen", "rejected")),
+            lambda r: (
+                _are_texts(r, "chosen", "rejected") and not {"prompt", "instruction"} & set(r)
+            ),
+            parsers.hh,
+        ),
+        Form(
+            "kto",
+            "prompt, completion, label; or messages (or conversations) and label",
+            frozenset(
+                ("prompt", "completion", "messages", "conversations", "label", "kto_tag", "system")
+            ),
+            _is_kto,
+            parsers.kto,
+        ),
+        Form(
+            "instruction",
+            "instruction, perhaps input, system, history; and chosen and rejected, or output",
+            frozenset(
+                (
+                    *("instruction", "input", "system", "history", "chosen", "rejected"),
+                    *("output", "label", "kto_tag"),
+                )
+            ),
+            lambda r: "instruction" in r and ("output" in r or _are_texts(r, "chosen", "rejected")),
+            parsers.instruction,
+        ),
+    )
+}
