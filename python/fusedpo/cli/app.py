@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fusedpo
-from fusedpo.cli import store
+from fusedpo.cli import convert, store
 from fusedpo.cli.command import command
 
 _HELP = """Exact, fast preference optimisation, and the tools around it."""
@@ -28,7 +28,9 @@ torchrun --nproc-per-node 8 -m fusedpo precompute --model ... --data ... --outpu
 """
 
 STORE = "The reference store"
+BEFORE = "Before the training"
 _COMMANDS = (
+    ("convert", BEFORE, convert.convert),
     ("precompute", STORE, store.precompute),
     ("inspect", STORE, store.inspect),
     ("verify", STORE, store.verify),
