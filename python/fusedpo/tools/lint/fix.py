@@ -1,0 +1,35 @@
+"""A copy of a data set without the rows that should not be trained on. No text is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fusedpo.tools.formats import write_records
+
+from .corpus import Corpus
+from .findings import Fixed, Removed
+
+_UNREADABLE = ("unreadable_rows",)
+
+
+def write_without(corpus: Corpus, rules: Mapping[int, Sequence[str]], path: str) -> Fixed:
+    """Write the rows that no rule removes, with all their columns.
+
+    Args:
+        corpus: the data set.
+        rules: for each row to be removed the names of the rules that want it.
+        path: a .jsonl, .json or .parquet file; it appears whole or not at all.
+
+    Raises:
+        ValueError, OSError: see `fusedpo.tools.formats.write_records`.
+    """
+    kept = [entry.row.record for index, entry in enumerate(corpus.entries) if index not in rules]
+    write_records(kept, path)
+    removed = [
+        Removed(entry.file, entry.line, tuple(rules[index]))
+        for index, entry in enumerate(corpus.entries)
+        if index in rules
+    ]
+    removed += [Removed(each.file, each.line, _UNREADABLE) for each in corpus.problems]
+    removed.sort(key=lambda each: (each.file, each.line))
+    return Fixed(path, len(kept), tuple(removed))

@@ -1,0 +1,64 @@
+"""How texts are read here: words, and the turns of a dialogue that is written into one string."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fusedpo.tools.formats import Message
+
+# Scripts without spaces: each character counts as a word, or a Chinese text would have a few.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:['\u2019][^\W_{_UNSPACED}]+)*")
+
+# Marks that open a turn. In a completion the text after one belongs to somebody else.
+TURN_OPENS = re.compile(
+    r"(?:^|\n\n)(?:Human|User|Assistant|System):(?=\s|$)"
+    r"|(?:^|\n)### (?:Instruction|Response|Human|User|Assistant):"
+    r"|<\|im_start\|>(?:\w+\n)?|<start_of_turn>(?:\w+\n)?"
+    r"|<\|start_header_id\|>(?:\w+<\|end_header_id\|>)?"
+    r"|\[INST\]|\[/INST\]|<\|(?:user|assistant|system)\|>"
+)
+# Marks that close a turn. A template writes them; a message should not hold them.
+TURN_ENDS = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|<\|end\|>|</s>")
+_TURN = re.compile(f"{TURN_OPENS.pattern}|{TURN_ENDS.pattern}")
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text.
+
+    Example:
+        >>> words("It's 3 o'clock: 你好!")
+        ["It's", '3', "o'clock", '你', '好']
+    """
+    return _WORD.findall(text)
+
+
+def plain(value: str | Sequence[Message]) -> str:
+    """Return a text, or the contents of messages with a blank line between them."""
+    if isinstance(value, str):
+        return value
+    return "\n\n".join(message["content"] for message in value)
+
+
+def normal(text: str) -> str:
+    """Return the text as it is compared: white space counts once.
+
+    Example:
+        >>> normal(" two\\n words ")
+        'two words'
+    """
+    return " ".join(text.split())
+
+
+def question(prompt: str | Sequence[Message]) -> str:
+    """Return what was asked last: the last message, or the last turn of a written dialogue.
+
+    Example:
+        >>> question("\\n\\nHuman: Hi!\\n\\nAssistant: Yes?\\n\\nHuman: Who are you?")
+        'Who are you?'
+    """
+    if not isinstance(prompt, str):
+        return prompt[-1]["content"].strip() if prompt else ""
+    turns = [turn.strip() for turn in _TURN.split(prompt)]
+    return next((turn for turn in reversed(turns) if turn), "")
