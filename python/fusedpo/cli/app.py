@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fusedpo
-from fusedpo.cli import convert, store
+from fusedpo.cli import convert, lint, store
 from fusedpo.cli.command import command
 
 _HELP = """Exact, fast preference optimisation, and the tools around it."""
@@ -30,6 +30,7 @@ torchrun --nproc-per-node 8 -m fusedpo precompute --model ... --data ... --outpu
 STORE = "The reference store"
 BEFORE = "Before the training"
 _COMMANDS = (
+    ("lint", BEFORE, lint.lint),
     ("convert", BEFORE, convert.convert),
     ("precompute", STORE, store.precompute),
     ("inspect", STORE, store.inspect),
