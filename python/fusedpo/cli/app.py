@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 import fusedpo
-from fusedpo.cli import convert, lint, store
+from fusedpo.cli import (
+    convert,
+    diagnose,
+    generate,
+    iterate,
+    judge,
+    lint,
+    pairs,
+    plot,
+    store,
+    sweep,
+    train,
+)
 from fusedpo.cli.command import command
 
 _HELP = """Exact, fast preference optimisation, and the tools around it."""
@@ -27,8 +39,10 @@ Several processes share the work:
 torchrun --nproc-per-node 8 -m fusedpo precompute --model ... --data ... --output refs/
 """
 
-STORE = "The reference store"
 BEFORE = "Before the training"
+STORE = "The reference store"
+TRAINING = "Training, and what it logged"
+AFTER = "After the training"
 _COMMANDS = (
     ("lint", BEFORE, lint.lint),
     ("convert", BEFORE, convert.convert),
@@ -39,6 +53,15 @@ _COMMANDS = (
     ("export", STORE, store.export),
     ("import", STORE, store.import_),
     ("prune", STORE, store.prune),
+    ("train", TRAINING, train.train),
+    ("sweep", TRAINING, sweep.sweep),
+    ("plot", TRAINING, plot.plot),
+    ("diagnose", TRAINING, diagnose.diagnose),
+    ("generate", AFTER, generate.generate),
+    ("pathologies", AFTER, generate.pathologies),
+    ("judge", AFTER, judge.judge),
+    ("pairs", AFTER, pairs.pairs),
+    ("iterate", AFTER, iterate.iterate),
     ("doctor", "This installation", store.doctor),
 )
 
