@@ -1,0 +1,249 @@
+"""Read what a training logged: the history in trainer_state.json of any run of TRL.
+
+transformers writes that file into every checkpoint, and into the run's folder by
+`trainer.save_state()`. A run is named by its folder, by one of its checkpoints or by the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .saved_arguments import FILE as ARGUMENTS_FILE
+from .saved_arguments import read_arguments
+
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One logged number over the steps of a run; steps grow, and none comes twice."""
+
+    steps: NDArray[np.int64]  # [n]
+    values: NDArray[np.float64]  # [n]; NaN and infinity as they were logged
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one training logged.
+
+    `train` has TRL's names (`loss`, `rewards/margins`, `logps/chosen`, ...); `evaluations` has the
+    same names for each evaluated data set, by the prefix that TRL gave it (`eval`, or
+    `eval_<name>`). `arguments` are those of training_args.bin, {} where none was saved;
+    `arguments_problem` says why they could not be read. `summary` is what the end of the training
+    logged (`train_runtime`, ...).
+    """
+
+    name: str
+    path: pathlib.Path
+    train: Mapping[str, Series]
+    evaluations: Mapping[str, Mapping[str, Series]]
+    summary: Mapping[str, float] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments_problem: str | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that logged anything."""
+        return max(int(each.steps[-1]) for each in all_series(self))
+
+
+def all_series(run: Run) -> list[Series]:
+    """Every series of a run, of the training and of all evaluations."""
+    evaluated = [each for found in run.evaluations.values() for each in found.values()]
+    return [*run.train.values(), *evaluated]
+
+
+def read_run(path: str | os.PathLike[str], *, name: str | None = None) -> Run:
+    """Read one run.
+
+    Args:
+        path: a run's folder (of its own trainer_state.json and those of its checkpoints the one
+            with the most steps is read), a checkpoint's folder, or a trainer_state.json.
+        name: how the run is called; by default the folder's name.
+
+    Raises:
+        FileNotFoundError: there is no trainer_state.json.
+        ValueError: the file is not one, or nothing was logged.
+
+    Example:
+
+        run = read_run("dpo_output")
+        run.train["rewards/margins"].values[-1]
+    """
+    file = _state_file(pathlib.Path(path))
+    state = _load(file)
+    train, evaluations, summary = _split(file, state["log_history"])
+    folder = _run_folder(file)
+    arguments, problem = _arguments(file.parent, folder)
+    run = Run(
+        name=name or folder.resolve().name,
+        path=file,
+        train=train,
+        evaluations=evaluations,
+        summary=summary,
+        arguments=arguments,
+        arguments_problem=problem,
+    )
+    if not all_series(run):
+        raise ValueError(
+            f"{file} must have logged values; got none. Train for at least logging_steps steps, "
+            "or set logging_steps=1"
+        )
+    return run
+
+
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """Read several runs, each under a name of its own: the shortest end of its path that tells it
+    from the others."""
+    if not paths:
+        raise ValueError("at least one run must be named; got none")
+    folders = [_run_folder(_state_file(pathlib.Path(path))).resolve() for path in paths]
+    depth = 1
+    while depth < max(len(folder.parts) for folder in folders) and not _differ(folders, depth):
+        depth += 1
+    names = ["/".join(folder.parts[-depth:]) for folder in folders]
+    if len(set(names)) < len(names):  # checkpoints of one run, or a run that is named twice
+        names = [str(pathlib.Path(path)) for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each run must be named once; got {', '.join(names)}")
+    return [read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
+
+
+def tokens_per_step(run: Run) -> Series | None:
+    """Mean number of tokens in the batch of a step, prompts and both completions together, from
+    TRL's running total `num_tokens`; None where that was not logged.
+
+    TRL begins to count again when a training is resumed: that step has no value.
+    """
+    total = run.train.get("num_tokens")
+    if total is None:
+        return None
+    steps = np.diff(total.steps, prepend=0)
+    tokens = np.diff(total.values, prepend=0.0)
+    kept = (tokens > 0) & (steps > 0)
+    return Series(total.steps[kept], tokens[kept] / steps[kept])
+
+
+def _differ(folders: Sequence[pathlib.Path], depth: int) -> bool:
+    return len({folder.parts[-depth:] for folder in folders}) == len(folders)
+
+
+# The file ----------------------------------------------------------------------------------------
+
+
+def _state_file(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"a run must be a folder or a {STATE_FILE}; {path} does not exist")
+    checkpoints = sorted(path.glob(f"checkpoint-*/{STATE_FILE}"), key=_checkpoint_number)
+    found = [*checkpoints[-1:], *path.glob(STATE_FILE)]
+    if not found:
+        raise FileNotFoundError(
+            f"a run's folder must have a {STATE_FILE}, or checkpoint-* folders that have one; "
+            f"{path} has neither. transformers writes it with each checkpoint "
+            "(save_strategy), and trainer.save_state() writes it at any time"
+        )
+    # Of equally many steps the run's own: it has the summary and the last evaluation.
+    return max(found, key=lambda file: (_load(file).get("global_step", 0), file.parent == path))
+
+
+def _checkpoint_number(file: pathlib.Path) -> int:
+    number = file.parent.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _load(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} must be a {STATE_FILE}, which is JSON: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
+        raise ValueError(
+            f"{file} must be a {STATE_FILE} of transformers, an object with a list log_history"
+        )
+    return state
+
+
+def _run_folder(file: pathlib.Path) -> pathlib.Path:
+    folder = file.parent
+    return folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
+
+
+def _arguments(*folders: pathlib.Path) -> tuple[dict[str, Any], str | None]:
+    for folder in folders:
+        if (folder / ARGUMENTS_FILE).is_file():
+            try:
+                return read_arguments(folder / ARGUMENTS_FILE), None
+            except ValueError as error:
+                return {}, str(error)
+    return {}, None
+
+
+# The history -------------------------------------------------------------------------------------
+
+_Values = dict[str, dict[int, float]]  # of one step the last value counts: name -> step -> value
+
+
+def _split(
+    file: pathlib.Path, history: Iterable[Any]
+) -> tuple[dict[str, Series], dict[str, dict[str, Series]], dict[str, float]]:
+    train: _Values = {}
+    evaluations: dict[str, _Values] = {}
+    summary: dict[str, float] = {}
+    for entry in history:
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise ValueError(f"{file}: an entry of log_history must have a step; got {entry!r:.80}")
+        step = entry["step"]
+        numbers = {
+            name: float(value)
+            for name, value in entry.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step"
+        }
+        prefix = _evaluation(numbers)
+        if "train_runtime" in numbers:
+            summary = numbers
+        elif prefix is None:
+            _add(train, step, numbers)
+        else:
+            # Of several data sets TRL names its own metrics without the data set's name.
+            named = {
+                name.removeprefix(f"{prefix}_").removeprefix("eval_"): value
+                for name, value in numbers.items()
+            }
+            _add(evaluations.setdefault(prefix, {}), step, named)
+    return _series(train), {name: _series(found) for name, found in evaluations.items()}, summary
+
+
+def _evaluation(numbers: Mapping[str, float]) -> str | None:
+    """The prefix of an evaluation's names: transformers adds a time to each evaluation."""
+    for name in numbers:
+        if name.endswith("_runtime") and name != "train_runtime":
+            return name.removesuffix("_runtime")
+    return None
+
+
+def _add(values: _Values, step: int, numbers: Mapping[str, float]) -> None:
+    for name, value in numbers.items():
+        values.setdefault(name, {})[step] = value
+
+
+def _series(values: _Values) -> dict[str, Series]:
+    return {
+        name: Series(
+            np.array(sorted(by_step), np.int64),
+            np.array([by_step[step] for step in sorted(by_step)], np.float64),
+        )
+        for name, by_step in values.items()
+    }
