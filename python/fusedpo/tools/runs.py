@@ -39,9 +39,9 @@ class Run:
 
     `train` has TRL's names (`loss`, `rewards/margins`, `logps/chosen`, ...); `evaluations` has the
     same names for each evaluated data set, by the prefix that TRL gave it (`eval`, or
-    `eval_<name>`). `arguments` are those of training_args.bin, {} where none was saved;
-    `arguments_problem` says why they could not be read. `summary` is what the end of the training
-    logged (`train_runtime`, ...).
+    `eval_<name>`). `arguments` are those of training_args.bin and `config` the name of their class
+    (`DPOConfig`); {} and None where none was saved, and `arguments_problem` says why they could
+    not be read. `summary` is what the end of the training logged (`train_runtime`, ...).
     """
 
     name: str
@@ -49,6 +49,7 @@ class Run:
     train: Mapping[str, Series]
     evaluations: Mapping[str, Mapping[str, Series]]
     summary: Mapping[str, float] = field(default_factory=dict)
+    config: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     arguments_problem: str | None = None
 
@@ -85,13 +86,14 @@ def read_run(path: str | os.PathLike[str], *, name: str | None = None) -> Run:
     state = _load(file)
     train, evaluations, summary = _split(file, state["log_history"])
     folder = _run_folder(file)
-    arguments, problem = _arguments(file.parent, folder)
+    config, arguments, problem = _arguments(file.parent, folder)
     run = Run(
         name=name or folder.resolve().name,
         path=file,
         train=train,
         evaluations=evaluations,
         summary=summary,
+        config=config,
         arguments=arguments,
         arguments_problem=problem,
     )
@@ -181,14 +183,14 @@ def _run_folder(file: pathlib.Path) -> pathlib.Path:
     return folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
 
 
-def _arguments(*folders: pathlib.Path) -> tuple[dict[str, Any], str | None]:
+def _arguments(*folders: pathlib.Path) -> tuple[str | None, dict[str, Any], str | None]:
     for folder in folders:
         if (folder / ARGUMENTS_FILE).is_file():
             try:
-                return read_arguments(folder / ARGUMENTS_FILE), None
+                return *read_arguments(folder / ARGUMENTS_FILE), None
             except ValueError as error:
-                return {}, str(error)
-    return {}, None
+                return None, {}, str(error)
+    return None, {}, None
 
 
 # The history -------------------------------------------------------------------------------------

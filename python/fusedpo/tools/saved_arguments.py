@@ -15,10 +15,11 @@ from typing import Any
 FILE = "training_args.bin"
 
 
-def read_arguments(path: pathlib.Path) -> dict[str, Any]:
-    """Return the arguments in a training_args.bin: strings, numbers, booleans, None, lists, dicts.
+def read_arguments(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
+    """Return the class name (`DPOConfig`, ...) and the arguments in a training_args.bin.
 
-    Enumerations become their values. Other objects (devices, process states) are left out.
+    Arguments are strings, numbers, booleans, None, lists and dicts. Enumerations become their
+    values. Other objects (devices, process states) are left out, and so are access tokens.
 
     Raises:
         ValueError: the file is not what transformers writes.
@@ -28,13 +29,17 @@ def read_arguments(path: pathlib.Path) -> dict[str, Any]:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             with archive.open(names[0]) as file:
                 found = _Inert(file).load()
-        state = found.state
+        kind, state = type(found).__name__, found.state
     except (OSError, zipfile.BadZipFile, IndexError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} must be a {FILE} of transformers: {error}") from error
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} must hold the arguments of a training: {error}") from error
-    plain = {name: _plain(value) for name, value in state.items() if not name.startswith("_")}
-    return {name: value for name, value in plain.items() if value is not _LEFT_OUT}
+    plain = {
+        name: _plain(value)
+        for name, value in state.items()
+        if not name.startswith("_") and not name.endswith("hub_token")
+    }
+    return kind, {name: value for name, value in plain.items() if value is not _LEFT_OUT}
 
 
 class _Record:
@@ -59,7 +64,7 @@ class _Record:
 
 class _Inert(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return _Record
+        return type(name, (_Record,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         return _Record()  # tensors
