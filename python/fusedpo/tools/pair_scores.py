@@ -6,6 +6,7 @@ same code that fills a reference store.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import tempfile
@@ -22,7 +23,11 @@ from fusedpo._precompute.data import load_data
 from fusedpo._precompute.records import Record, keys_of
 from fusedpo._precompute.reference import load_processing_class
 
+from .run_facts import find_beta
+from .runs import Run
+
 _ADAPTER = "adapter_config.json"
+_MODEL = "config.json"
 _STORE = "identity.json"
 
 
@@ -38,6 +43,65 @@ class PairScores:
         return len(self.margins)
 
 
+def score_run(
+    run: Run,
+    data: Any,
+    *,
+    beta: float | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    policy: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+) -> PairScores:
+    """Score pairs with the model that a run ended with.
+
+    Args:
+        run: whose options of length and precision are used, and beta, unless it is named.
+        data, split, limit: as for `score_pairs`.
+        reference: as for `score_pairs`; for an adapter by default the model that it was made for.
+        policy: by default the model beside the trainer_state.json, or in the run's folder.
+
+    Raises:
+        ValueError: no beta, no reference, or no model could be found; and as `score_pairs`.
+    """
+    if policy is None:
+        folders = (run.path.parent, run.path.parent.parent)
+        found = [
+            each for each in folders if any((each / name).is_file() for name in (_ADAPTER, _MODEL))
+        ]
+        if not found:
+            raise ValueError(f"{run.path.parent} must have the trained model; name it: --model")
+        policy = found[0]
+    adapter = pathlib.Path(policy) / _ADAPTER
+    if reference is None and adapter.is_file():
+        reference = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if reference is None:
+        raise ValueError(
+            "the reference must be named, because a run does not tell it: --reference MODEL, or "
+            "the directory that `fusedpo precompute` made"
+        )
+    beta = find_beta(run) if beta is None else beta
+    if beta is None:
+        raise ValueError("beta must be named, because it was not saved with the run: --beta")
+    return score_pairs(
+        policy,
+        reference,
+        data,
+        beta=beta,
+        max_length=run.arguments.get("max_length", 1024),
+        truncation_mode=run.arguments.get("truncation_mode", "keep_start"),
+        autocast=_autocast(run),
+        split=split,
+        limit=limit,
+    )
+
+
+def _autocast(run: Run) -> str:
+    if not run.arguments:
+        return "auto"
+    return next((kind for kind in ("bf16", "fp16") if run.arguments.get(kind)), "no")
+
+
 def score_pairs(
     policy: str | os.PathLike[str],
     reference: str | os.PathLike[str],
@@ -46,6 +110,7 @@ def score_pairs(
     beta: float,
     max_length: int | None = 1024,
     truncation_mode: str = "keep_start",
+    autocast: str = "auto",
     split: str | None = None,
     limit: int | None = None,
 ) -> PairScores:
@@ -58,6 +123,7 @@ def score_pairs(
         data: as in `fusedpo.precompute`.
         beta: of the training; scales the margins.
         max_length, truncation_mode: as in the training's DPOConfig.
+        autocast: as for `fusedpo.precompute`: auto (bf16), bf16, fp16 or no.
         split: of the data.
         limit: score only the first so many pairs.
 
@@ -84,7 +150,13 @@ def score_pairs(
         def fill(name: str, model: str, **options: Any) -> str:
             store = f"{folder}/{name}"
             fusedpo.precompute(
-                model, dataset, store, processing_class=tokenizer, **lengths, **options
+                model,
+                dataset,
+                store,
+                processing_class=tokenizer,
+                autocast=autocast,
+                **lengths,
+                **options,
             )
             return store
 

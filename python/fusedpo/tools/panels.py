@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .log_history import Series
 from .run_facts import start_loss
-from .runs import Run, Series, tokens_per_step
+from .runs import Run, tokens_per_step
 
 CHOSEN, REJECTED = "chosen", "rejected"
 

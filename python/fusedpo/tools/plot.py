@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .log_history import Series
 from .panels import CHOSEN, PANELS, REJECTED, Panel
-from .runs import Run, Series, read_runs
+from .runs import Run, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,9 +79,7 @@ def plot(
             )
     figure = _draw(read, panels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The date would make two files of one log differ.
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    figure.savefig(path, dpi=110, metadata=metadata)
+    figure.savefig(path, dpi=110)
     return PlotReport(
         str(path), tuple(run.name for run in read), tuple(panel.title for panel in panels)
     )

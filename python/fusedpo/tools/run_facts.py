@@ -27,7 +27,7 @@ def start_loss(run: Run) -> float | None:
     names = loss_names(run)
     if names is None:
         losses = run.train.get("loss")
-        starts_at_ln2 = losses is not None and abs(losses.values[0] - LN2) < 0.02
+        starts_at_ln2 = losses is not None and abs(losses.values[0] - LN2) < 0.05
         return LN2 if starts_at_ln2 and run.config is None else None
     known = fusedpo.loss_types()
     if run.arguments.get("use_weighting") or not set(names) <= set(known) - {"sft"}:

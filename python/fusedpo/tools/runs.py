@@ -9,28 +9,17 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .log_history import Series, split
 from .saved_arguments import FILE as ARGUMENTS_FILE
 from .saved_arguments import read_arguments
 
 STATE_FILE = "trainer_state.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Series:
-    """One logged number over the steps of a run; steps grow, and none comes twice."""
-
-    steps: NDArray[np.int64]  # [n]
-    values: NDArray[np.float64]  # [n]; NaN and infinity as they were logged
-
-    def __len__(self) -> int:
-        return len(self.steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +73,9 @@ def read_run(path: str | os.PathLike[str], *, name: str | None = None) -> Run:
     """
     file = _state_file(pathlib.Path(path))
     state = _load(file)
-    train, evaluations, summary = _split(file, state["log_history"])
+    train, evaluations, summary = split(file, state["log_history"])
     folder = _run_folder(file)
-    config, arguments, problem = _arguments(file.parent, folder)
+    config, arguments, problem = _arguments(file.parent, folder, *_checkpoints(folder)[-1:])
     run = Run(
         name=name or folder.resolve().name,
         path=file,
@@ -149,8 +138,8 @@ def _state_file(path: pathlib.Path) -> pathlib.Path:
         return path
     if not path.exists():
         raise FileNotFoundError(f"a run must be a folder or a {STATE_FILE}; {path} does not exist")
-    checkpoints = sorted(path.glob(f"checkpoint-*/{STATE_FILE}"), key=_checkpoint_number)
-    found = [*checkpoints[-1:], *path.glob(STATE_FILE)]
+    states = (folder / STATE_FILE for folder in (path, *_checkpoints(path)[-1:]))
+    found = [state for state in states if state.is_file()]
     if not found:
         raise FileNotFoundError(
             f"a run's folder must have a {STATE_FILE}, or checkpoint-* folders that have one; "
@@ -161,9 +150,15 @@ def _state_file(path: pathlib.Path) -> pathlib.Path:
     return max(found, key=lambda file: (_load(file).get("global_step", 0), file.parent == path))
 
 
-def _checkpoint_number(file: pathlib.Path) -> int:
-    number = file.parent.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """A run's checkpoints with a state, the newest last."""
+
+    def steps(checkpoint: pathlib.Path) -> int:
+        number = checkpoint.name.removeprefix("checkpoint-")
+        return int(number) if number.isdigit() else -1
+
+    found = (state.parent for state in folder.glob(f"checkpoint-*/{STATE_FILE}"))
+    return sorted(found, key=steps)
 
 
 def _load(file: pathlib.Path) -> dict[str, Any]:
@@ -191,61 +186,3 @@ def _arguments(*folders: pathlib.Path) -> tuple[str | None, dict[str, Any], str 
             except ValueError as error:
                 return None, {}, str(error)
     return None, {}, None
-
-
-# The history -------------------------------------------------------------------------------------
-
-_Values = dict[str, dict[int, float]]  # of one step the last value counts: name -> step -> value
-
-
-def _split(
-    file: pathlib.Path, history: Iterable[Any]
-) -> tuple[dict[str, Series], dict[str, dict[str, Series]], dict[str, float]]:
-    train: _Values = {}
-    evaluations: dict[str, _Values] = {}
-    summary: dict[str, float] = {}
-    for entry in history:
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise ValueError(f"{file}: an entry of log_history must have a step; got {entry!r:.80}")
-        step = entry["step"]
-        numbers = {
-            name: float(value)
-            for name, value in entry.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step"
-        }
-        prefix = _evaluation(numbers)
-        if "train_runtime" in numbers:
-            summary = numbers
-        elif prefix is None:
-            _add(train, step, numbers)
-        else:
-            # Of several data sets TRL names its own metrics without the data set's name.
-            named = {
-                name.removeprefix(f"{prefix}_").removeprefix("eval_"): value
-                for name, value in numbers.items()
-            }
-            _add(evaluations.setdefault(prefix, {}), step, named)
-    return _series(train), {name: _series(found) for name, found in evaluations.items()}, summary
-
-
-def _evaluation(numbers: Mapping[str, float]) -> str | None:
-    """The prefix of an evaluation's names: transformers adds a time to each evaluation."""
-    for name in numbers:
-        if name.endswith("_runtime") and name != "train_runtime":
-            return name.removesuffix("_runtime")
-    return None
-
-
-def _add(values: _Values, step: int, numbers: Mapping[str, float]) -> None:
-    for name, value in numbers.items():
-        values.setdefault(name, {})[step] = value
-
-
-def _series(values: _Values) -> dict[str, Series]:
-    return {
-        name: Series(
-            np.array(sorted(by_step), np.int64),
-            np.array([by_step[step] for step in sorted(by_step)], np.float64),
-        )
-        for name, by_step in values.items()
-    }

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..log_history import Series
 from ..pair_scores import PairScores
-from ..runs import Run, Series
+from ..runs import Run
 from .findings import Evidence
 
 SHARE = 0.2  # of the logged values are a window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,8 +59,13 @@ class Diagnosis:
         return bool(self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
+        """Everything, for JSON, which has no NaN and no infinity: those values are strings."""
+        report = asdict(self)
+        for finding in report["findings"]:
+            for each in finding["evidence"]:
+                if not math.isfinite(each["value"]):
+                    each["value"] = str(each["value"])
+        return report
 
     def render(self) -> str:
         """The written diagnosis."""

@@ -11,13 +11,15 @@ from .registry import rule
 
 @rule
 def eval_loss_rises(case: Case) -> Finding | None:
-    """The loss of held-out pairs ends 5 % above its lowest value, while the training loss fell."""
+    """The loss of held-out pairs ends 5 % above its lowest value, while the training loss fell. One
+    that never was below twice its start is a training that diverged, not one that overfits."""
     losses = case.train("loss")
+    most = np.inf if case.start_loss is None else 2 * case.start_loss
     for prefix, series in case.evaluations("loss", least=3).items():
         at = int(series.values.argmin())
         lowest, end = float(series.values[at]), float(series.values[-1])
         step, last_step = int(series.steps[at]), int(series.steps[-1])
-        if not end > lowest + 0.05 * abs(lowest):
+        if not end > lowest + 0.05 * abs(lowest) or lowest > most:
             continue
         earlier = losses.values[losses.steps <= step]
         if not len(earlier) or last(losses).mean >= earlier[-5:].mean():
@@ -44,7 +46,9 @@ def eval_loss_rises(case: Case) -> Finding | None:
 @rule
 def train_eval_gap(case: Case) -> Finding | None:
     """The accuracy of the training is 15 points above that of held-out pairs, and by more than two
-    standard errors of the latter."""
+    standard errors of the latter. Signs of margins below 0.1 are no knowledge yet."""
+    if last(case.train("rewards/margins")).mean < 0.1:
+        return None
     train = last(case.train("rewards/accuracies"))
     for prefix, series in case.evaluations("rewards/accuracies", least=1).items():
         accuracy, step = float(series.values[-1]), int(series.steps[-1])

@@ -52,7 +52,7 @@ def length_exploitation(case: Case) -> Finding | None:
         ),
         (
             "Take a loss of means per token: loss_type='sigmoid_norm' or 'ipo'; or ld_alpha=0.5.",
-            "Balance the data: `fusedpo lint` shows its length bias, and --fix can drop rows.",
+            "Balance the data: `fusedpo lint` shows its length bias.",
         ),
     )
 

@@ -14,22 +14,29 @@ def chosen_logps_fall(case: Case) -> Finding | None:
     """Likelihood displacement: the margin grows, while chosen completions become less likely, by
     more than noise and by a fifth of what the margin gains."""
     chosen, margins = case.train("rewards/chosen"), case.train("rewards/margins")
-    before, after = first(chosen), last(chosen)
-    gain = last(margins).mean - first(margins).mean
+    # A policy begins as its reference, where it has one: all rewards are 0 then.
+    begin = Window(0.0, 0.0, 0, 0)
+    before = begin if case.has_reference else first(chosen)
+    gain = last(margins).mean - (begin if case.has_reference else first(margins)).mean
+    after = last(chosen)
     fall = before.mean - after.mean
     if gain <= 0 or fall < 0.2 * max(gain, 0.5) or not differ(before, after):
         return None
-    evidence = [before.evidence("rewards/chosen"), after.evidence("rewards/chosen")]
+    evidence = [before.evidence("rewards/chosen, start"), after.evidence("rewards/chosen, end")]
     for name in ("rewards/rejected", "logps/chosen"):
         if name in case.run.train:
             series = case.train(name)
-            evidence += [first(series).evidence(name), last(series).evidence(name)]
+            evidence += [
+                first(series).evidence(f"{name}, first steps"),
+                last(series).evidence(f"{name}, end"),
+            ]
     return Finding(
         "chosen_logps_fall",
         "error" if fall > gain else "warning",
         "log-probs of chosen completions fall (likelihood displacement)",
-        f"The margin has grown by {gain:.3g}, while chosen completions lost {fall:.3g}: rejected "
-        "ones only fell faster. The probability went to texts that are in no pair.",
+        f"The margin has grown by {gain:.3g}, while the reward of chosen completions fell by "
+        f"{fall:.3g}: rejected ones only fell faster. The probability went to texts that are in no "
+        "pair.",
         tuple(evidence),
         (
             "Add the likelihood of chosen: loss_type=['sigmoid', 'sft'], loss_weights=[1, 0.2]; or "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..runs import Series
-from .evidence import Case, differ, last, windows
+from ..log_history import Series
+from .evidence import Case, Window, differ, last, windows
 from .findings import Evidence, Finding
 from .registry import rule
 
@@ -54,17 +54,26 @@ def loss_rises(case: Case) -> Finding | None:
     gained, or 5 % of its start where it never gained."""
     losses = case.train("loss")
     every = windows(losses)
+    if case.start_loss is not None:  # before the first step: a run may diverge in its first window
+        every.insert(0, Window(case.start_loss, 0.0, 0, 0))
     end, lowest = last(losses), min(every, key=lambda window: window.mean)
-    start = case.start_loss if case.start_loss is not None else every[0].mean
+    start = every[0].mean
     least = max(0.5 * (start - lowest.mean), 0.05 * abs(start))
     if end.mean - lowest.mean < least or not differ(end, lowest):
         return None
-    evidence = [lowest.evidence("train loss, lowest"), end.evidence("train loss, end")]
+    what = "train loss, lowest" if lowest.last_step else "loss of a policy that is its reference"
+    evidence = [lowest.evidence(what), end.evidence("train loss, end")]
     if "grad_norm" in case.run.train:
         norms = case.run.train["grad_norm"]
         at = int(np.nanargmax(norms.values)) if np.isfinite(norms.values).any() else 0
         step = int(norms.steps[at])
         evidence.append(Evidence("grad_norm, largest", float(norms.values[at]), step, step))
+    fixes = [
+        "Lower learning_rate by 3 to 10 times, and use warm-up (warmup_steps=0.1).",
+        "Raise beta, or the batch (gradient_accumulation_steps), where steps are noisy.",
+    ]
+    if lowest.last_step:
+        fixes.append(f"Take the checkpoint near step {lowest.last_step}.")
     worse = end.mean > start
     return Finding(
         "loss_rises",
@@ -74,9 +83,5 @@ def loss_rises(case: Case) -> Finding | None:
         if worse
         else "Most of what the loss had gained is lost again.",
         tuple(evidence),
-        (
-            "Lower learning_rate by 3 to 10 times, and use warm-up (warmup_steps=0.1).",
-            "Raise beta, or the batch (gradient_accumulation_steps), where steps are noisy.",
-            f"Take the checkpoint near step {lowest.last_step}.",
-        ),
+        tuple(fixes),
     )
