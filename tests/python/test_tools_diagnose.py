@@ -49,7 +49,7 @@ def test_no_case_is_left_of_a_rule_that_is_gone() -> None:
 def test_a_healthy_run_passes_every_rule(tmp_path: pathlib.Path) -> None:
     report = examine(Log(simulate(), pairs=pair_scores(0.0)), tmp_path)
     assert set(report.passed) == set(RULES), report.render()
-    assert not report.failed
+    assert not report.findings
 
 
 def test_evidence_is_the_mean_of_the_steps_that_it_names(tmp_path: pathlib.Path) -> None:
@@ -165,4 +165,4 @@ def test_few_or_equal_pairs_are_no_evidence(tmp_path: pathlib.Path) -> None:
 def test_healthy_margins_stay_healthy_with_any_logging_interval(tmp_path: pathlib.Path) -> None:
     for steps in (10, 50, 400):
         log = simulate(steps=steps, margin=healthy_margin)
-        assert not diagnose(write_run(tmp_path / str(steps), log), beta=0.1).failed
+        assert not diagnose(write_run(tmp_path / str(steps), log), beta=0.1).findings

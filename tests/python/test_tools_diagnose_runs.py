@@ -86,7 +86,7 @@ def found(report: Diagnosis) -> set[str]:
 @pytest.mark.parametrize("trainer_class", [DPOTrainer, FusedDPOTrainer])
 def test_a_run_that_learns_passes(trainer_class: Any, tmp_path: pathlib.Path) -> None:
     report = train(tmp_path, trainer_class)
-    assert not report.failed, report.render()
+    assert not report.findings, report.render()
     assert set(report.not_checked) == {"length_exploitation"}
 
 
@@ -138,7 +138,7 @@ def test_length_exploitation_is_seen_by_scoring_pairs_with_the_trained_model(
 
     run = str(tmp_path / "run")
     scored = command(run, data=str(data), reference=str(tmp_path / "model"))
-    assert scored.code == 1
+    assert scored.code == 0
     assert [each["rule"] for each in scored.report["findings"]] == ["length_exploitation"]
     correlation = scored.report["findings"][0]["evidence"][0]["value"]
     assert correlation > 0.5

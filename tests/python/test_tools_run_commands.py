@@ -27,15 +27,20 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(APP, [str(each) for each in arguments])
 
 
-def test_a_finding_is_exit_code_1_and_none_is_0(tmp_path: pathlib.Path) -> None:
+def test_the_exit_code_follows_the_worst_finding(tmp_path: pathlib.Path) -> None:
     good = write_run(tmp_path / "good", simulate())
-    bad = write_run(tmp_path / "bad", CASES["chosen_logps_fall"].faulty.entries)
-    result = run("diagnose", good)
+    warned = write_run(tmp_path / "warned", CASES["chosen_logps_fall"].faulty.entries)
+    broken = write_run(tmp_path / "broken", CASES["not_finite"].faulty.entries)
+    result = run("diagnose", good, "--fail-on", "warning")
     assert result.exit_code == 0
     assert "good, 100 steps: nothing found" in result.stdout
-    result = run("diagnose", bad)
-    assert result.exit_code == 1
+    result = run("diagnose", warned)
+    assert result.exit_code == 0
     assert "likelihood displacement" in result.stdout
+    assert run("diagnose", warned, "--fail-on", "warning").exit_code == 1
+    assert run("diagnose", broken).exit_code == 1
+    assert run("diagnose", broken, "--fail-on", "warning").exit_code == 1
+    assert run("diagnose", broken, "--fail-on", "never").exit_code == 0
 
 
 def test_json_is_all_that_stdout_has(tmp_path: pathlib.Path) -> None:
@@ -66,4 +71,4 @@ def test_a_diagnosis_needs_neither_trl_nor_matplotlib(
     for name in ("trl", "transformers", "datasets", "peft", "matplotlib", "rich"):
         monkeypatch.setitem(sys.modules, name, None)
     module = importlib.import_module("fusedpo.tools.diagnose")
-    assert not module.diagnose(run_folder).failed
+    assert not module.diagnose(run_folder).findings

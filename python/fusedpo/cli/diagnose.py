@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,10 @@ def diagnose(
         float | None,
         typer.Option(metavar="B", help="Of the run, where no training_args.bin was saved with it."),
     ] = None,
+    fail_on: Annotated[
+        Literal["error", "warning", "never"],
+        typer.Option(help="For which findings the exit code is 1."),
+    ] = "error",
     data: Annotated[
         str | None, typer.Option(metavar="D", rich_help_panel=PAIRS, help=opt.DATA_HELP)
     ] = None,
@@ -61,4 +65,4 @@ def diagnose(
     elif reference is not None or model is not None or split is not None:
         raise ValueError("--reference, --model and --split are for scoring pairs: name --data, too")
     report = examine(read, beta=beta, pairs=pairs)
-    return Result(report.as_dict(), report.render(), 1 if report.failed else 0)
+    return Result(report.as_dict(), report.render(), 1 if report.fails(fail_on) else 0)

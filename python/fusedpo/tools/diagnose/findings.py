@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Finding:
     """
 
     rule: str
-    severity: str
+    severity: Severity
     title: str
     meaning: str
     evidence: tuple[Evidence, ...]
@@ -53,10 +55,10 @@ class Diagnosis:
     not_checked: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
-    @property
-    def failed(self) -> bool:
-        """Whether anything was found."""
-        return bool(self.findings)
+    def fails(self, on: Severity | Literal["never"] = "error") -> bool:
+        """Whether there is a finding of this severity or a worse one."""
+        severities = {finding.severity for finding in self.findings}
+        return on != "never" and ("error" in severities or on in severities)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON, which has no NaN and no infinity: those values are strings."""
