@@ -162,6 +162,12 @@ def test_few_or_equal_pairs_are_no_evidence(tmp_path: pathlib.Path) -> None:
     assert "differ from pair to pair" in report.not_checked["length_exploitation"]
 
 
+def test_the_documentation_has_every_rule() -> None:
+    page = pathlib.Path(__file__).parents[2] / "docs" / "tools" / "diagnose.md"
+    table = page.read_text(encoding="utf-8")
+    assert [name for name in RULES if f"| `{name}` |" not in table] == []
+
+
 def test_healthy_margins_stay_healthy_with_any_logging_interval(tmp_path: pathlib.Path) -> None:
     for steps in (10, 50, 400):
         log = simulate(steps=steps, margin=healthy_margin)

@@ -48,13 +48,13 @@ def start_loss(run: Run) -> float | None:
 
 
 def has_reference(run: Run) -> bool:
-    """Whether the logged rewards are beta (logp - ref_logp), as DPO's are.
+    """Whether the logged rewards are beta (logp - ref_logp), as DPO's and KTO's are.
 
     Without arguments: whether the first ones are small beside the log-probs, which rewards without
     a reference (CPO, SimPO, ORPO) are not.
     """
     if run.config is not None:
-        return run.config == "DPOConfig"
+        return run.config in ("DPOConfig", "KTOConfig")
     rewards, logps = run.train.get("rewards/chosen"), run.train.get("logps/chosen")
     if rewards is None or logps is None:
         return False

@@ -33,6 +33,13 @@ class Case:
         """A series of the training that is long enough, without values that are not finite."""
         return self._checked(self.run.train.get(name), name, LEAST, "logging_steps")
 
+    def optional(self, name: str) -> Series | None:
+        """As `train`, for what only adds evidence; None where there is too little of it."""
+        try:
+            return self.train(name)
+        except CannotTell:
+            return None
+
     def evaluations(self, name: str, least: int) -> dict[str, Series]:
         """The same series of each evaluated data set."""
         if not self.run.evaluations:
@@ -42,9 +49,12 @@ class Case:
             for prefix, series in self.run.evaluations.items()
         }
 
-    def needs_beta(self) -> float:
+    def needs_reference(self) -> None:
         if not self.has_reference:
             raise CannotTell("needs rewards that are relative to a reference model, as DPO's are")
+
+    def needs_beta(self) -> float:
+        self.needs_reference()
         if self.beta is None:
             raise CannotTell("needs beta, which was not saved with the run; name it: --beta")
         return self.beta

@@ -58,8 +58,8 @@ def train_eval_gap(case: Case) -> Finding | None:
         return Finding(
             "train_eval_gap",
             "warning",
-            "overfitting: training pairs are known, held-out pairs are not",
-            f"{gap:.0%} more of the training's pairs are in the right order than of the others.",
+            "overfitting: the accuracy of held-out pairs is far below that of training",
+            f"{gap:.0%} more of the training's pairs are in the right order than of held-out ones.",
             (
                 train.evidence("rewards/accuracies"),
                 Evidence(f"{prefix}_rewards/accuracies", accuracy, step, step),

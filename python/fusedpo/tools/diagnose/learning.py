@@ -7,14 +7,17 @@ from .evidence import CannotTell, Case, Window, at_half, last
 from .findings import Finding
 from .registry import rule
 
-_TARGETED = {"ipo", "ipo_sum", "sppo_hard", "sft"}  # their margins stop at a target of their own
+_TARGETED = {"ipo", "ipo_sum", "sppo_hard"}  # their margins stop at a target of their own
 
 
 @rule
 def loss_stuck_at_start(case: Case) -> Finding | None:
     """The loss ends within 2 % of what a policy that is its reference has: ln 2 for sigmoid."""
     if case.start_loss is None:
-        raise CannotTell("needs the loss that the run started at: training_args.bin with loss_type")
+        raise CannotTell(
+            "needs the loss of a policy that is its reference: loss_type in training_args.bin, and "
+            "no term that depends on the data (sft, use_weighting)"
+        )
     loss, margins = last(case.train("loss")), last(case.train("rewards/margins"))
     if abs(loss.mean - case.start_loss) > 0.02 * case.start_loss or abs(margins.mean) > 0.05:
         return None
@@ -23,8 +26,8 @@ def loss_stuck_at_start(case: Case) -> Finding | None:
         margins.evidence("rewards/margins"),
     ]
     for name in ("rewards/accuracies", "grad_norm", "learning_rate"):
-        if name in case.run.train:
-            evidence.append(last(case.train(name)).evidence(name))
+        if (series := case.optional(name)) is not None:
+            evidence.append(last(series).evidence(name))
     return Finding(
         "loss_stuck_at_start",
         "error",
@@ -60,6 +63,7 @@ def accuracy_without_margin(case: Case) -> Finding | None:
     by a quarter in the second half."""
     if set(loss_names(case.run) or ()) & _TARGETED:
         raise CannotTell("is for losses without a target margin, which ipo and sppo_hard have")
+    case.needs_reference()
     accuracies, margins = case.train("rewards/accuracies"), case.train("rewards/margins")
     accuracy, margin, before = last(accuracies), last(margins), at_half(margins)
     if accuracy.mean < 0.8 or margin.mean > 0.15 or margin.mean > 1.25 * before.mean:
@@ -70,7 +74,7 @@ def accuracy_without_margin(case: Case) -> Finding | None:
         margin.evidence("rewards/margins"),
     ]
     fixes = ["Raise learning_rate or train longer; see that the schedule is not at 0 too early."]
-    if case.has_reference and case.beta is not None and margin.mean / case.beta > 10:
+    if case.beta is not None and margin.mean / case.beta > 10:
         fixes = [
             f"beta = {case.beta:g} turns {margin.mean / case.beta:.0f} nats into this margin: "
             "raise it towards 0.1."

@@ -24,8 +24,7 @@ def chosen_logps_fall(case: Case) -> Finding | None:
         return None
     evidence = [before.evidence("rewards/chosen, start"), after.evidence("rewards/chosen, end")]
     for name in ("rewards/rejected", "logps/chosen"):
-        if name in case.run.train:
-            series = case.train(name)
+        if (series := case.optional(name)) is not None:
             evidence += [
                 first(series).evidence(f"{name}, first steps"),
                 last(series).evidence(f"{name}, end"),
@@ -35,8 +34,7 @@ def chosen_logps_fall(case: Case) -> Finding | None:
         "error" if fall > gain else "warning",
         "log-probs of chosen completions fall (likelihood displacement)",
         f"The margin has grown by {gain:.3g}, while the reward of chosen completions fell by "
-        f"{fall:.3g}: rejected ones only fell faster. The probability went to texts that are in no "
-        "pair.",
+        f"{fall:.3g}: rejected ones only fell faster. The probability went to other texts.",
         tuple(evidence),
         (
             "Add the likelihood of chosen: loss_type=['sigmoid', 'sft'], loss_weights=[1, 0.2]; or "
