@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("trl", reason="the runs are TRL's")
 
 import fusedpo
+from datasets import Dataset
 from fusedpo.cli.diagnose import diagnose as command
 from fusedpo.tools.diagnose import Diagnosis, diagnose
 from fusedpo.tools.pair_scores import score_pairs
@@ -30,6 +31,16 @@ from trl_helpers import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SHORT = {
+    "bf16": False,
+    "learning_rate": 3e-3,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 WORDS = "the cat a dog my friend old king one bird sees likes follows paints tree river"
 
 
@@ -88,6 +99,33 @@ def test_a_run_that_learns_passes(trainer_class: Any, tmp_path: pathlib.Path) ->
     report = train(tmp_path, trainer_class)
     assert not report.findings, report.render()
     assert set(report.not_checked) == {"length_exploitation"}
+
+
+def test_what_a_kto_run_logs_is_enough_for_the_rules_of_its_rewards(
+    tmp_path: pathlib.Path,
+) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in make_pairs(16)
+        for side in ("chosen", "rejected")
+    ]
+    trainer = KTOTrainer(
+        make_model(),
+        ref_model=make_model(),
+        args=KTOConfig(str(tmp_path), **SHORT, max_steps=16),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    trainer.save_state()
+    trainer.save_model()
+    report = diagnose(tmp_path)
+    assert not report.findings, report.render()
+    rules = {"chosen_logps_fall", "beta_too_low", "beta_too_high", "not_finite", "loss_rises"}
+    assert set(report.passed) == rules
+    assert "rewards/accuracies" in report.not_checked["accuracy_without_margin"]
 
 
 FAULTS: dict[str, tuple[dict[str, Any], set[str]]] = {

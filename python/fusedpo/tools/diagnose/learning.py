@@ -15,8 +15,8 @@ def loss_stuck_at_start(case: Case) -> Finding | None:
     """The loss ends within 2 % of what a policy that is its reference has: ln 2 for sigmoid."""
     if case.start_loss is None:
         raise CannotTell(
-            "needs the loss of a policy that is its reference: loss_type in training_args.bin, and "
-            "no term that depends on the data (sft, use_weighting)"
+            "needs the loss of a policy that is its reference: loss_type of a DPOConfig in "
+            "training_args.bin, and no term that depends on the data (sft, use_weighting)"
         )
     loss, margins = last(case.train("loss")), last(case.train("rewards/margins"))
     if abs(loss.mean - case.start_loss) > 0.02 * case.start_loss or abs(margins.mean) > 0.05:
