@@ -72,7 +72,7 @@ CASES = {
     ),
     "beta_too_low": Seeded(
         Log(simulate(beta=0.01), beta=0.01),
-        Log(simulate(beta=0.05), beta=0.05),
+        Log(simulate(beta=0.03), beta=0.03),
     ),
     "beta_too_high": Seeded(
         Log(simulate(beta=5.0, margin=lambda done: 2 * healthy_margin(done)), beta=5.0),
