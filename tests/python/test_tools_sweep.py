@@ -20,16 +20,17 @@ import transformers
 from fusedpo import RefStore
 from fusedpo.tools.sweep import SweepReport, sweep
 from fusedpo.tools.train.report import TrainReport
-from tools_train_helpers import tiny_config  # noqa: F401
+from tools_train_helpers import no_plots, tiny_config  # noqa: F401
 from trl_helpers import one_thread  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 # Kills itself in the third step of all, which is the first one of the second run.
 KILLED = """
 import json, os, signal, sys
 import torch, transformers
 from fusedpo.tools.sweep import sweep
+from fusedpo.tools.train import run
 
 torch.set_num_threads(1)
 step, steps = transformers.Trainer.training_step, []
@@ -41,6 +42,7 @@ def killed(self, *arguments, **keywords):
     return step(self, *arguments, **keywords)
 
 transformers.Trainer.training_step = killed
+run._plot = lambda *_: None
 sweep(json.loads(sys.argv[1]), betas=[0.1, 0.5], losses=["sigmoid", "simpo"], output_dir="sweep")
 """
 
@@ -62,7 +64,13 @@ def whole(
     """A sweep that nothing has interrupted; what it printed is in printed.txt."""
     folder = tmp_path_factory.mktemp("whole") / "sweep"
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # The plot of each run costs more than the run; that of all is drawn.
+        patch.setattr("fusedpo.tools.train.run._plot", lambda *_: "plot.png")
         report = sweep(
             config(tiny), betas=[0.1, 0.5], losses=["sigmoid", "simpo"], output_dir=str(folder)
         )

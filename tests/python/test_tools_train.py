@@ -17,7 +17,7 @@ from fusedpo.tools.train import plan_stages, train, train_stages
 from fusedpo.tools.train.kl import KLEstimate
 from fusedpo.tools.train.report import warnings_of
 from fusedpo.trl import FusedDPOTrainer
-from tools_train_helpers import tiny_config  # noqa: F401
+from tools_train_helpers import no_plots, tiny_config  # noqa: F401
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 from trl_helpers import make_pairs, one_thread, record_scored_rows  # noqa: F401
@@ -66,6 +66,7 @@ def test_dpo_leaves_a_model_a_history_a_report_and_a_plot(
     assert len(RefStore(str(store))) == len({(p, c) for p, *both in rows for c in both})
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_is_the_trainer_with_the_same_arguments(
     tiny: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_run_is_the_trainer_with_the_same_arguments(
     assert all(torch.equal(trained[k], v) for k, v in trainer.model.state_dict().items())
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
@@ -124,6 +126,7 @@ def test_every_trainer_runs_on_the_fused_head(
     assert adapter.exists() == ("lora_r" in options)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_sft_then_dpo_goes_on_with_the_model_of_the_first_stage(
     tiny: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
@@ -215,6 +218,7 @@ def test_what_a_reader_must_not_miss_is_a_warning() -> None:
     assert len(warnings_of({"train_loss": 1.0}, "nothing was held out", broken)) == 3
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_without_an_eval_split_the_report_says_what_it_lacks(
     tiny: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
@@ -225,6 +229,7 @@ def test_without_an_eval_split_the_report_says_what_it_lacks(
     assert any("Set eval_split" in each for each in report.warnings)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_training_on_an_adapter_names_a_base_that_exists(
     tiny: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:

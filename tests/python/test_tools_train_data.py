@@ -63,9 +63,7 @@ def test_labelled_completions_serve_kto_and_the_good_ones_sft(tmp_path: pathlib.
     sft = load(path, "sft")
     assert list(sft.train) == [{"prompt": "2+2?", "completion": " 4"}] * 2
     assert sft.unused == 1
-    with pytest.raises(
-        ValueError, match=r"must have pairs .* got 3 rows of the form 'kto'"
-    ):
+    with pytest.raises(ValueError, match=r"must have pairs .* got 3 rows of the form 'kto'"):
         load(path, "simpo")
 
 

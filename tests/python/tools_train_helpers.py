@@ -38,3 +38,9 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "disable_tqdm": True,
         "save_strategy": "no",
     }
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than half of the time of a tiny run is its plot's."""
+    monkeypatch.setattr("fusedpo.tools.train.run._plot", lambda *_: None)
