@@ -92,8 +92,8 @@ def test_no_prompt_is_on_both_sides(tmp_path: pathlib.Path) -> None:
     assert sides[0] | sides[1] == {row["prompt"] for row in rows}
     assert len(data.evaluation) == 12  # whole prompts: three of four rows each
     assert len(load(path, eval_split=8).evaluation) == 8
-    assert load(path, eval_split=8).digest() == load(path, eval_split=8).digest()
-    assert load(path, eval_split=8, seed=1).digest() != load(path, eval_split=8).digest()
+    assert load(path, eval_split=8).digest == load(path, eval_split=8).digest
+    assert load(path, eval_split=8, seed=1).digest != load(path, eval_split=8).digest
 
 
 def test_conversations_are_held_out_by_their_prompt(tmp_path: pathlib.Path) -> None:

@@ -155,6 +155,7 @@ def test_the_reference_store_is_the_default_of_dpo_alone() -> None:
         ({"provider": "openai"}, "provider must be one of"),
         ({"eval_split": 1.5}, "eval_split must be a share"),
         ({"eval_split": True}, "eval_split must be float"),
+        ({"eval_strategy": "steps"}, "eval_strategy needs rows to evaluate: set eval_split"),
         ({"kl_prompts": -1}, "kl_prompts must be at least 0"),
         ({"use_peft": False, "lora_r": 4}, "use_peft is false, and lora_r"),
         ({"use_4bit": True}, "use_4bit needs LoRA"),

@@ -133,7 +133,7 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps({**_flat(plan.run.as_dict()), "rows": plan.data.digest()}))
+    now = json.loads(json.dumps({**_flat(plan.run.as_dict()), "rows": plan.data.digest}))
     before = {**_flat(report["run"]), "rows": report["data"]["sha256"]}
     differing = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
     if differing:

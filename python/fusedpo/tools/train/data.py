@@ -3,6 +3,7 @@ split so that no prompt is on both sides."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -37,8 +38,9 @@ class Data:
     problems: tuple[Problem, ...] = ()
     unused: int = 0
 
+    @functools.cached_property
     def digest(self) -> str:
-        """Return a SHA-256 of all rows, in their order."""
+        """A SHA-256 of all rows, in their order."""
         content = hashlib.sha256()
         for side in (self.train, self.evaluation):
             for row in () if side is None else side:
@@ -50,7 +52,7 @@ class Data:
         """Return the counts, the digest, and the first ten problems."""
         return {
             "form": self.form,
-            "sha256": self.digest(),
+            "sha256": self.digest,
             "train_rows": len(self.train),
             "eval_rows": 0 if self.evaluation is None else len(self.evaluation),
             "unreadable_rows": len(self.problems),
@@ -69,11 +71,11 @@ def load_data(run: Resolved) -> Data:
     """
     name, split = run.data["dataset_name"], run.settings.eval_split
     kind = run.strategy.trainer
-    if not _is_file(name):
+    if _is_file(name):
+        train, form, problems, unused = _from_file(name, kind)
+    else:
         train = _from_hub(run, run.data.get("dataset_train_split", "train"))
         form, problems, unused = "hub", (), 0
-    else:
-        train, form, problems, unused = _from_file(name, kind)
     if split is None:
         return Data(train, None, form, problems, unused)
     if isinstance(split, str):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def estimate_kl(
         estimate_kl(model, reference, tokenizer, ["Once upon a time", "A dog"]).kl
     """
     ids = [_encode(prompt, tokenizer) for prompt in prompts]
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", math.inf)
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     max_new_tokens = min(max_new_tokens, positions // 2)
     ids = [each for each in ids if each and len(each) + max_new_tokens <= positions]
     if not ids:

@@ -91,7 +91,7 @@ def _yaml(text: str) -> Any:
     import yaml
 
     # YAML 1.1 takes 5e-5 for a string; everybody else, and JSON, for a number.
-    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     number = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:

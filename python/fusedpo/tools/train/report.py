@@ -91,12 +91,16 @@ class TrainReport:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what a person wants to know, as name and value."""
-        side = "held out" if "eval_loss" in self.metrics else "last training step"
+        held_out = "eval_loss" in self.metrics
+        side = "held out" if held_out else "last training step"
         found = [
             ("strategy", self.strategy),
             ("model", self.model),
             ("rows", f"{self.data['train_rows']} trained, {self.data['eval_rows']} held out"),
-            ("loss", _told(self._metric("loss")) + f" ({side})"),
+            (
+                "loss",
+                _told(self._metric("loss")) + f" ({side if held_out else 'mean of all steps'})",
+            ),
         ]
         token_accuracy = self._metric("mean_token_accuracy") if self.strategy == "sft" else None
         for name, value in (

@@ -240,7 +240,10 @@ def _arguments(options: Options, config_class: Any) -> tuple[dict[str, Any], lis
         if given.get("bf16") is None and not given.get("fp16"):
             given["bf16"] = False
             notes.append("bf16 is off, which TRL has on by default: there is no accelerator")
-    if options.settings.eval_split is not None and "eval_strategy" not in given:
+    if options.settings.eval_split is None:
+        if given.get("eval_strategy", "no") != "no":
+            raise ValueError("eval_strategy needs rows to evaluate: set eval_split, e.g. 0.1.")
+    elif "eval_strategy" not in given:
         given["eval_strategy"] = "epoch"
         notes.append("eval_strategy is epoch, as there is an eval_split")
     if options.strategy.trainer == "dpo" and options.settings.ref_store in (None, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from fusedpo.tools.train.memory import MemoryEstimate, estimate_memory
 from fusedpo.tools.train.models import load, whole_model
 from fusedpo.tools.train.options import read_config
 from fusedpo.tools.train.peak import PeakMemory
-from fusedpo.tools.train.report import TrainReport, warnings_of
+from fusedpo.tools.train.report import FILE, TrainReport, warnings_of
 from fusedpo.tools.train.resolving import Resolved, resolve
 from fusedpo.tools.train.trainers import build, fused_head, trainer_class
 
@@ -153,6 +154,8 @@ def run_plan(plan: Plan) -> TrainReport:
     """Train, evaluate, save, and write the report."""
     run, data = plan.run, plan.data
     told = run.as_dict()  # a trainer changes its arguments
+    # Of a training before: until this one is over, the folder is not finished.
+    pathlib.Path(run.output_dir, FILE).unlink(missing_ok=True)
     model = whole_model(run)
     kind = trainer_class(run.strategy.trainer)  # imported here: modules are no memory of a training
     with fused_head(run):
@@ -162,7 +165,8 @@ def run_plan(plan: Plan) -> TrainReport:
         metrics = {**result.metrics, **_last_logged(trainer)}
         if data.evaluation is not None:
             metrics |= _evaluated(trainer)
-    speed = _tokens_per_second(trainer, metrics)
+    speed = _tokens_per_second(trainer, metrics["train_runtime"])
+    rows = data.as_dict()
     trainer.save_model()
     trainer.save_state()
     kl = _kl(trainer, run, data, model)
@@ -176,10 +180,10 @@ def run_plan(plan: Plan) -> TrainReport:
         tokens_per_second=speed,
         peak_memory=peak.peak - (peak.before if peak.device == "process" else 0),
         memory=plan.memory,
-        data=data.as_dict(),
+        data=rows,
         run=told,
         plot=_plot(trainer, run.output_dir),
-        warnings=tuple(warnings_of(metrics, kl, data.as_dict())),
+        warnings=tuple(warnings_of(metrics, kl, rows)),
     )
     if trainer.is_world_process_zero():
         report.write()
@@ -200,25 +204,27 @@ def _last_logged(trainer: Any) -> dict[str, float]:
 
 
 def _evaluated(trainer: Any) -> dict[str, float]:
-    """The evaluation at the last step, which the training may have made already."""
-    step = trainer.state.global_step
-    for entry in trainer.state.log_history:
-        if entry.get("step") == step and "eval_loss" in entry:
-            return {k: v for k, v in _numbers(entry).items() if k.startswith("eval_")}
-    trainer.evaluate()
-    return _evaluated(trainer)
+    """The evaluation of the model as it is now, which the training may have made already."""
+    state, best = trainer.state, trainer.args.load_best_model_at_end
+    made = [entry for entry in state.log_history if "eval_loss" in entry]
+    if not made or made[-1]["step"] != state.global_step or best:
+        trainer.evaluate()
+    last = next(entry for entry in reversed(state.log_history) if "eval_loss" in entry)
+    return {k: v for k, v in _numbers(last).items() if k.startswith("eval_")}
 
 
-def _tokens_per_second(trainer: Any, metrics: Mapping[str, float]) -> float | None:
-    seconds = metrics["train_runtime"]
-    tokens = metrics.get("train_num_tokens")
-    if tokens is None and {"chosen_input_ids", "rejected_input_ids"} <= set(
-        trainer.train_dataset.column_names
-    ):  # CPO and ORPO do not log it
-        rows = trainer.train_dataset.select_columns(["chosen_input_ids", "rejected_input_ids"])
-        in_epoch = sum(len(ids) for row in rows for ids in row.values())
-        tokens = in_epoch * trainer.state.epoch
-    return None if tokens is None or not seconds else tokens / seconds
+def _tokens_per_second(trainer: Any, seconds: float) -> float | None:
+    logged = [each for each in trainer.state.log_history if "num_tokens" in each]
+    sides = ["chosen_input_ids", "rejected_input_ids"]
+    if logged:  # not after every step
+        last = logged[-1]
+        tokens = last["num_tokens"] * trainer.state.global_step / last["step"]
+    elif set(sides) <= set(trainer.train_dataset.column_names):  # CPO and ORPO do not count them
+        rows = trainer.train_dataset.select_columns(sides)
+        tokens = sum(len(ids) for row in rows for ids in row.values()) * trainer.state.epoch
+    else:
+        return None
+    return float(tokens / seconds) if seconds else None
 
 
 def _kl(trainer: Any, run: Resolved, data: Data, model: str) -> KLEstimate | str:
