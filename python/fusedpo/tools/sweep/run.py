@@ -81,12 +81,15 @@ def sweep(
     for name, loss, beta, plan in planned:
         report, reused = finished[name], finished[name] is not None
         if report is None:
-            shutil.rmtree(plan.run.output_dir, ignore_errors=True)  # what a kill has left
+            _clear(plan.run.output_dir)
             report = run_plan(plan).as_dict()
         runs.append(SweepRun(name, loss, beta, plan.run.output_dir, reused, report))
     uses_store = any(plan.run.uses_store for _, _, _, plan in planned)
-    done = SweepReport(folder, store if uses_store else None, tuple(runs), _plot(folder, runs))
-    done.write()
+    main = _processes().is_main_process
+    plot = _plot(folder, runs) if main else None
+    done = SweepReport(folder, store if uses_store else None, tuple(runs), plot)
+    if main:
+        done.write()
     return done
 
 
@@ -143,6 +146,19 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
             "output_dir, or remove that folder."
         )
     return report
+
+
+def _clear(folder: str) -> None:
+    """Remove what a kill has left of a run."""
+    if _processes().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    _processes().wait_for_everyone()
+
+
+def _processes() -> Any:
+    from accelerate import PartialState
+
+    return PartialState()
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,14 +22,18 @@ def whole_model(run: Resolved) -> str:
     `output_dir/start`, so that what is trained on top of it names a base that exists."""
     if base_of(run.model) is None:
         return run.model
+    from accelerate import PartialState
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
     folder = pathlib.Path(run.output_dir, "start")
-    dtype = run.model_options.get("dtype", "float32")
-    adapted = AutoPeftModelForCausalLM.from_pretrained(run.model, dtype=dtype)
-    adapted.merge_and_unload().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(run.model).save_pretrained(folder)
+    state = PartialState()
+    with state.main_process_first():  # the others wait until it is there
+        if state.is_main_process:
+            dtype = run.model_options.get("dtype", "float32")
+            adapted = AutoPeftModelForCausalLM.from_pretrained(run.model, dtype=dtype)
+            adapted.merge_and_unload().save_pretrained(folder)
+            AutoTokenizer.from_pretrained(run.model).save_pretrained(folder)
     return str(folder)
 
 

@@ -259,7 +259,7 @@ def _kl(trainer: Any, run: Resolved, data: Data, model: str) -> KLEstimate | str
 def _plot(trainer: Any, folder: str) -> str | None:
     """Draw the curves; without matplotlib, or where nothing was logged, there is no plot."""
     logged = any("loss" in entry or "eval_loss" in entry for entry in trainer.state.log_history)
-    if find_spec("matplotlib") is None or not logged:
+    if find_spec("matplotlib") is None or not logged or not trainer.is_world_process_zero():
         return None
     from fusedpo.tools.plot import plot
 
