@@ -17,10 +17,10 @@ from fusedpo.tools.train import plan_stages, train, train_stages
 from fusedpo.tools.train.kl import KLEstimate
 from fusedpo.tools.train.report import warnings_of
 from fusedpo.trl import FusedDPOTrainer
-from tools_train_helpers import no_plots, tiny_config  # noqa: F401
+from tools_train_helpers import no_plots, tiny_config, write_rows  # noqa: F401
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
-from trl_helpers import make_pairs, one_thread, record_scored_rows  # noqa: F401
+from trl_helpers import conversational, make_pairs, one_thread, record_scored_rows  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -241,3 +241,14 @@ def test_a_training_on_an_adapter_names_a_base_that_exists(
     config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "two" / "start")
     assert pathlib.Path(two.model_dir, "start", "model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_conversations_are_trained_on_and_sampled_with_the_chat_template(
+    tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    path = write_rows(tmp_path / "chat.jsonl", conversational(make_pairs(8)))
+    options = {**tiny, "dataset": path, "eval_split": 2, "kl_max_new_tokens": 4, "max_steps": 1}
+    report = train({**options, "strategy": "dpo"}, output_dir=str(tmp_path / "out"))
+    assert report.data["form"] == "conversational"
+    assert isinstance(report.kl, KLEstimate)

@@ -86,6 +86,30 @@ def load_data(run: Resolved) -> Data:
     return Data(*_hold_out(train, split, run.args.seed), form, problems, unused)
 
 
+def check_chat_template(data: Data, run: Resolved, model: str) -> None:
+    """Check that conversations can be turned into text.
+
+    Args:
+        data, run: from `load_data` and `resolve`.
+        model: whose tokenizer it is.
+
+    Raises:
+        ValueError: there are messages, and the tokenizer has no chat template.
+    """
+    first = next(iter(data.train))
+    has_messages = any(isinstance(first.get(name), list) for name in ("prompt", "messages"))
+    if not has_messages or getattr(run.args, "chat_template_path", None) is not None:
+        return
+    from transformers import AutoTokenizer
+
+    if AutoTokenizer.from_pretrained(model).chat_template is None:
+        raise ValueError(
+            f"{run.data['dataset_name']} has conversations, which need a chat template; the "
+            f"tokenizer of {model} has none. Write them as texts with `fusedpo convert IN OUT --to "
+            "preference --template chatml` (or hh, llama, zephyr, plain), or train another model."
+        )
+
+
 def prompts_of(dataset: Any, limit: int) -> list[Any]:
     """Return the first distinct prompts, texts or lists of messages; none where there are none."""
     if "prompt" not in dataset.column_names:

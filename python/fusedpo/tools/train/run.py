@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, overload
 
 from fusedpo.tools.train import memory
-from fusedpo.tools.train.data import Data, load_data, prompts_of
+from fusedpo.tools.train.data import Data, check_chat_template, load_data, prompts_of
 from fusedpo.tools.train.kl import KLEstimate, estimate_kl
 from fusedpo.tools.train.memory import MemoryEstimate, estimate_memory
 from fusedpo.tools.train.models import load, whole_model
@@ -126,7 +126,9 @@ def plan_stages(configs: Sequence[Config], *, output_dir: str | None = None) -> 
             folder = os.path.join(output_dir, f"{number}-{stage.get('strategy')}")
         run = _stage(stage, folder, plans)
         begins = plans[0].run.model if plans else run.model
-        plans.append(Plan(run, load_data(run), estimate_memory(run, begins)))
+        data = load_data(run)
+        check_chat_template(data, run, begins)
+        plans.append(Plan(run, data, estimate_memory(run, begins)))
     return plans
 
 
