@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -101,6 +102,18 @@ def test_runs_share_one_store_and_end_in_a_table_and_a_plot(
     betas = {run.report["run"]["arguments"]["beta"] for run in report.runs}
     assert betas == {0.1, 0.5}
     assert len({run.report["metrics"]["eval_loss"] for run in report.runs}) == 4
+
+
+def test_what_several_runs_warn_of_is_said_once(
+    whole: tuple[SweepReport, pathlib.Path],
+) -> None:
+    runs = [
+        dataclasses.replace(run, report={**run.report, "warnings": ["the loss is nan."] * (i > 1)})
+        for i, run in enumerate(whole[0].runs)
+    ]
+    page = dataclasses.replace(whole[0], runs=tuple(runs)).markdown()
+    assert "* simpo-beta0.1, simpo-beta0.5: the loss is nan.\n" in page
+    assert page.count("nan") == 1
 
 
 def test_a_sweep_that_was_killed_goes_on_where_it_was(

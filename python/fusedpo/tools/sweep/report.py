@@ -102,7 +102,12 @@ class SweepReport:
         return Group(table, *lines, *self._warnings())
 
     def _warnings(self) -> list[str]:
-        return [f"{run.name}: {each}" for run in self.runs for each in run.report["warnings"]]
+        """Each sentence once, with the runs that it is about."""
+        runs: dict[str, list[str]] = {}
+        for run in self.runs:
+            for sentence in run.report["warnings"]:
+                runs.setdefault(sentence, []).append(run.name)
+        return [f"{', '.join(names)}: {sentence}" for sentence, names in runs.items()]
 
     def markdown(self) -> str:
         """Return the table as a page."""

@@ -163,7 +163,7 @@ def warnings_of(
     found = []
     if isinstance(kl, KLEstimate) and kl.kl > LIMIT:
         found.append(
-            f"the KL to the reference is {kl}, above {LIMIT:g}: the policy has left what the "
+            f"the KL to the reference is above {LIMIT:g} nats: the policy has left what the "
             "reference would write. Raise beta, or lower learning_rate or num_train_epochs."
         )
     elif isinstance(kl, KLEstimate) and not math.isfinite(kl.kl):
