@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fusedpo
-from fusedpo.cli import convert, store
+from fusedpo.cli import convert, judge, store
 from fusedpo.cli.command import command
 
 _HELP = """Exact, fast preference optimisation, and the tools around it."""
@@ -29,6 +29,7 @@ torchrun --nproc-per-node 8 -m fusedpo precompute --model ... --data ... --outpu
 
 STORE = "The reference store"
 BEFORE = "Before the training"
+AFTER = "After the training"
 _COMMANDS = (
     ("convert", BEFORE, convert.convert),
     ("precompute", STORE, store.precompute),
@@ -38,6 +39,7 @@ _COMMANDS = (
     ("export", STORE, store.export),
     ("import", STORE, store.import_),
     ("prune", STORE, store.prune),
+    ("judge", AFTER, judge.judge),
     ("doctor", "This installation", store.doctor),
 )
 
