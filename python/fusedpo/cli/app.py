@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fusedpo
-from fusedpo.cli import convert, judge, store
+from fusedpo.cli import convert, iterate, judge, pairs, store
 from fusedpo.cli.command import command
 
 _HELP = """Exact, fast preference optimisation, and the tools around it."""
@@ -40,6 +40,8 @@ _COMMANDS = (
     ("import", STORE, store.import_),
     ("prune", STORE, store.prune),
     ("judge", AFTER, judge.judge),
+    ("pairs", AFTER, pairs.pairs),
+    ("iterate", AFTER, iterate.iterate),
     ("doctor", "This installation", store.doctor),
 )
 
