@@ -93,10 +93,11 @@ async def _ask_all(
         for number, request in todo:
             on_reply(number, await _ask(client, endpoint, pacer, request))
 
+    workers = min(endpoint.concurrency, len(requests))
+    limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
     # One attempt is timed as a whole in _attempt: httpx would time each read alone, and a server
     # that sends a byte now and then would hold it for ever.
-    async with httpx.AsyncClient(headers=headers, timeout=None) as client:
-        workers = min(endpoint.concurrency, len(requests))
+    async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
         tasks = [asyncio.ensure_future(work(client)) for _ in range(workers)]
         try:
             await asyncio.gather(*tasks)
