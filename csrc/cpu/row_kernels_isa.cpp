@@ -1,6 +1,7 @@
 // The row kernels, compiled once per instruction set with FUSEDPO_ISA set to its name. No C++
 // library header is included and nothing but the table has external linkage: see core/numeric.h.
 #include "cpu/row_kernels.h"
+#include "cpu/row_stats.h"
 #include "cpu/vector_math.h"
 
 #define FUSEDPO_STRING_(x) #x
@@ -8,6 +9,13 @@
 
 namespace fusedpo {
 namespace FUSEDPO_ISA {
+
+// How far above the anchor a logit may lie before the anchor moves to it. The larger, the more
+// digits exp(z - anchor) loses where it is large; the smaller, the more often a segment is swept
+// twice. At 8, what is lost is within what an fp32 log-prob of 8 nats can show.
+constexpr double kReach = 8.0;
+// Where nothing is known of a row, its first values show where its logits lie.
+constexpr int64_t kSample = 256;
 
 // The transform with its constants folded, in the compute type:
 // z = cap * tanh(inner * (x + bias)), or inner * (x + bias) without softcap.
@@ -22,156 +30,306 @@ struct Folded {
         cap(static_cast<C>(t.softcap > 0 ? t.softcap / t.temperature : 0)),
         slope(static_cast<C>(t.scale / t.temperature)) {}
 
-  C operator()(C x) const { return capped ? cap * tanh_of(inner * x) : inner * x; }
+  Pack<C> operator()(Pack<C> x) const { return capped ? cap * tanh_of(inner * x) : inner * x; }
 
   // d z / d x over `slope`: 1 - tanh^2.
-  C relative_slope(C z) const {
-    const C t = z / cap;
-    return capped ? (1 - t) * (1 + t) : C(1);
+  Pack<C> relative_slope(Pack<C> z) const {
+    const Pack<C> t = z / cap;
+    return capped ? (C(1) - t) * (C(1) + t) : splat(C(1));
   }
 };
 
+// z of one segment: the caller's memory where the transform changes nothing, else a copy.
+template <typename C>
+static bool is_plain(const Segment& segment, const Folded<C>& f) {
+  return segment.bias == nullptr && !f.capped && f.inner == C(1);
+}
+
 template <typename C, typename X>
-static void load_logits(const X* x, const C* bias, int64_t n, const Folded<C>& f, C* z) {
-  const C inner = f.inner, cap = f.cap;
-  if (bias != nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = inner * (load<C>(x[i]) + bias[i]);
+static void transform_logits(const X* x, const Segment& segment, const Folded<C>& f, C* z) {
+  const C* bias = static_cast<const C*>(segment.bias);
+  if (bias == nullptr) {
+    map<C>(x, z, segment.n, [&](Pack<C> v) { return f(v); });
   } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = inner * load<C>(x[i]);
-  }
-  if (f.capped) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = cap * tanh_of(z[i]);
+    map2<C>(x, bias, z, segment.n, [&](Pack<C> v, Pack<C> b) { return f(v + b); });
   }
 }
 
-// Moves the anchor to `max` and returns exp(old - new).
-static double move_anchor(double max, RowStats* s) {
-  if (max == s->max) return 1.0;
-  const double shift = s->max - max;
-  const double factor = exp(shift);
-  if (s->rest != 0.0) s->rest_z = factor * (s->rest_z + s->rest * shift);
-  s->rest *= factor;
-  s->rest_sq *= factor * factor;
-  s->max = max;
+// ---- forward ------------------------------------------------------------------------------------
+
+// Sums over values other than the label's, in units of exp(-anchor).
+template <typename C>
+struct Sums {
+  Sum<C> rest, rest_z, rest_sq, z;
+};
+
+// Adds z[0..n) to the sums and returns the largest. Eight packs are summed in C before they are
+// widened: three roundings, each below a term's own error. With kStore writes exp(z - m) to e,
+// which may be z.
+template <typename C, bool kMetrics, bool kStore, typename X>
+static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
+  constexpr int64_t width = PackOf<C>::width;
+  const C floor = exp_floor(C(0));
+  Sums<C> s = *sums;
+  Pack<C> max = splat(-static_cast<C>(INFINITY));
+  // exp(-inf) (-inf) counts for nothing.
+  const auto bounded = [&](Pack<C> d) { return d < floor ? splat(floor) : d; };
+  int64_t i = 0;
+  for (; i + 8 * width <= n; i += 8 * width) {
+    Pack<C> rest[2], rest_z[2], rest_sq[2], sum_z[2];
+    for (int half = 0; half < 2; ++half) {
+      Pack<C> z[4], d[4], t[4];
+      for (int k = 0; k < 4; ++k) {
+        const int64_t at = i + (4 * half + k) * width;
+        load_pack(x + at, &z[k]);
+        max = z[k] > max ? z[k] : max;
+        d[k] = z[k] - m;
+        t[k] = exp_of(d[k]);
+        if constexpr (kStore) store_pack(t[k], e + at);
+      }
+      rest[half] = (t[0] + t[1]) + (t[2] + t[3]);
+      if constexpr (kMetrics) {
+        for (int k = 0; k < 4; ++k) d[k] = bounded(d[k]);
+        rest_z[half] = (t[0] * d[0] + t[1] * d[1]) + (t[2] * d[2] + t[3] * d[3]);
+        rest_sq[half] = (t[0] * t[0] + t[1] * t[1]) + (t[2] * t[2] + t[3] * t[3]);
+        sum_z[half] = (z[0] + z[1]) + (z[2] + z[3]);
+      }
+    }
+    s.rest.add(rest[0] + rest[1]);
+    if constexpr (kMetrics) {
+      s.rest_z.add(rest_z[0] + rest_z[1]);
+      s.rest_sq.add(rest_sq[0] + rest_sq[1]);
+      s.z.add(sum_z[0] + sum_z[1]);
+    }
+  }
+  for (; i < n; i += width) {
+    const int64_t count = n - i < width ? n - i : width;
+    const Pack<C> z = load_some<C>(x + i, count, -static_cast<C>(INFINITY));
+    const Pack<C> d = z - m, t = exp_of(d);
+    max = z > max ? z : max;
+    s.rest.add(t);
+    if constexpr (kMetrics) {
+      s.rest_z.add(t * bounded(d));
+      s.rest_sq.add(t * t);
+      s.z.add(load_some<C>(x + i, count, C(0)));
+    }
+    if constexpr (kStore) store_some(t, e + i, count);
+  }
+  *sums = s;
+  return largest(max);
+}
+
+template <typename C, typename X>
+static C max_of(const X* x, int64_t n) {
+  constexpr int64_t width = PackOf<C>::width;
+  Pack<C> max[4];  // four at a time: one would wait for its own latency
+  for (Pack<C>& m : max) m = splat(-static_cast<C>(INFINITY));
+  int64_t i = 0;
+  for (; i + 4 * width <= n; i += 4 * width) {
+    for (int k = 0; k < 4; ++k) {
+      Pack<C> z;
+      load_pack(x + i + k * width, &z);
+      max[k] = z > max[k] ? z : max[k];
+    }
+  }
+  for (; i < n; i += width) {
+    const Pack<C> z = load_some<C>(x + i, n - i < width ? n - i : width, -static_cast<C>(INFINITY));
+    max[0] = z > max[0] ? z : max[0];
+  }
+  for (int k = 1; k < 4; ++k) max[0] = max[k] > max[0] ? max[k] : max[0];
+  return largest(max[0]);
+}
+
+// The values of a segment on either side of its label, or all of them on one side.
+template <typename C, typename X>
+struct Sides {
+  const X* x;
+  int64_t left, right_begin, right;
+
+  Sides(const X* values, int64_t n, int64_t y)
+      : x(values),
+        left(y >= 0 && y < n ? y : n),
+        right_begin(left < n ? y + 1 : n),
+        right(n - right_begin) {}
+
+  // Sums over both; `before` and `after` become their maxima, or both the one side's.
+  template <bool kMetrics, bool kStore>
+  void sweep_both(C m, X* e, Sums<C>* sums, C* before, C* after) const {
+    X* const right_e = kStore ? e + right_begin : nullptr;
+    *before = sweep<C, kMetrics, kStore>(x, left, m, e, sums);
+    *after = sweep<C, kMetrics, kStore>(x + right_begin, right, m, right_e, sums);
+  }
+  void sweep_both(bool metrics, C m, X* e, Sums<C>* sums, C* before, C* after) const {
+    if (metrics) {
+      if (e != nullptr) return sweep_both<true, true>(m, e, sums, before, after);
+      return sweep_both<true, false>(m, e, sums, before, after);
+    }
+    if (e != nullptr) return sweep_both<false, true>(m, e, sums, before, after);
+    sweep_both<false, false>(m, e, sums, before, after);
+  }
+  void maxima(C* before, C* after) const {
+    *before = max_of<C>(x, left);
+    *after = max_of<C>(x + right_begin, right);
+  }
+};
+
+static double reached(double anchor, double max) { return max > anchor + kReach ? max : anchor; }
+
+// Adds the values but the label's to `s`; returns the factor of the anchor's move.
+template <typename C, typename X>
+static double accumulate_rest(const X* x, int64_t n, int64_t y, bool metrics, X* e, RowStats* s,
+                              C* before, C* after) {
+  const Sides<C, X> sides(x, n, y);
+  const auto highest = [&] { return static_cast<double>(*before > *after ? *before : *after); };
+  double anchor = static_cast<double>(static_cast<C>(s->max));
+  if (anchor == -INFINITY) {
+    anchor = static_cast<double>(max_of<C>(x, n < kSample ? n : kSample));
+  }
+  Sums<C> sums;
+  if (e == nullptr && anchor != -INFINITY) {
+    // The maxima come with the sums; in the rare case that they tell of a better anchor, the
+    // segment is still in the cache.
+    sides.sweep_both(metrics, static_cast<C>(anchor), e, &sums, before, after);
+    const double better = reached(anchor, highest());
+    if (better != anchor) {
+      anchor = better;
+      sums = Sums<C>();
+      sides.sweep_both(metrics, static_cast<C>(anchor), e, &sums, before, after);
+    }
+  } else {
+    // e may be x, which is then read once only; or nothing but masked logits was seen.
+    sides.maxima(before, after);
+    anchor = reached(anchor, highest());
+    // Any number will do as anchor where everything is masked, or NaN.
+    const C m = anchor == -INFINITY ? C(0) : static_cast<C>(anchor);
+    sides.sweep_both(metrics, m, e, &sums, before, after);
+  }
+  const double factor = anchor == -INFINITY ? 1.0 : move_anchor(anchor, s);
+  s->rest += sums.rest.total();
+  if (metrics) {
+    s->rest_z += sums.rest_z.total();
+    s->rest_sq += sums.rest_sq.total();
+    s->sum += sums.z.total();
+  }
+  return factor;
+}
+
+// The same with the label; z are the transformed logits, e may be z.
+template <typename C, typename X>
+static double accumulate_values(const X* z, const Segment& segment, const Folded<C>& f,
+                                unsigned metrics, const double* exact_target, X* e, RowStats* s) {
+  const int64_t n = segment.n, y = segment.label;
+  const bool has_label = y >= 0 && y < n;
+  const Pack<C> at_label = has_label ? load_some<C>(z + y, 1, C(0)) : splat(C(0));
+  C before, after;
+  const double factor =
+      accumulate_rest(z, n, y, (metrics & ~unsigned{kIsTop1}) != 0, e, s, &before, &after);
+  if (has_label) {
+    const C value = first(at_label);
+    s->seen = true;
+    s->compared = static_cast<double>(value);
+    // Nothing stands before the first value: there even -inf, or NaN as in torch, is a maximum.
+    s->beaten = (s->count > 0 && !(s->compared > s->highest)) || (y > 0 && !(value > before));
+    Pack<C> target = at_label;
+    if (exact_target != nullptr) {
+      const C b = segment.bias == nullptr ? C(0) : static_cast<const C*>(segment.bias)[y];
+      target = f(splat(static_cast<C>(*exact_target) + b));
+    }
+    s->target = static_cast<double>(first(target));
+    s->target_slope = static_cast<double>(first(f.relative_slope(target)));
+    s->sum += static_cast<double>(value);
+    if (e != nullptr) store_some(splat(C(0)), e + y, 1);
+    s->beaten = s->beaten || static_cast<double>(after) > s->compared;
+  } else {
+    s->beaten = s->beaten || (s->seen && static_cast<double>(before) > s->compared);
+  }
+  s->count += n;
+  const double highest = static_cast<double>(before > after ? before : after);
+  s->highest = highest > s->highest ? highest : s->highest;
   return factor;
 }
 
 template <typename C>
 static double accumulate_as(const Segment& segment, const LogitTransform& transform,
-                            unsigned metrics, const double* exact_target, RowStats* s, void* e,
-                            DType e_type) {
-  C z[kMaxSegment], exp_z[kMaxSegment];
-  const int64_t n = segment.n, y = segment.label;
+                            unsigned metrics, const double* exact_target, RowStats* s, void* e) {
   const Folded<C> f(transform);
-  const C* bias = static_cast<const C*>(segment.bias);
-  with_type(segment.x_type, segment.x, [&](auto* x) { load_logits<C>(x, bias, n, f, z); });
+  return with_type<C>(segment.x_type, segment.x, [&](auto* x) {
+    auto* typed_e = same_type(x, e);
+    if (is_plain(segment, f)) {
+      return accumulate_values(x, segment, f, metrics, exact_target, typed_e, s);
+    }
+    C z[kMaxSegment];
+    transform_logits(x, segment, f, z);
+    if (e == nullptr) {
+      return accumulate_values<C, C>(z, segment, f, metrics, exact_target, nullptr, s);
+    }
+    C exp_z[kMaxSegment];
+    const double factor = accumulate_values(z, segment, f, metrics, exact_target, exp_z, s);
+    map2<C>(exp_z, z, typed_e, segment.n, [&](Pack<C> value, Pack<C> at) {
+      return f.capped ? value * f.relative_slope(at) : value;
+    });
+    return factor;
+  });
+}
 
-  if (metrics & kMeanLogits) s->sum += sum_of(n, [&](int64_t i) { return z[i]; });
+static double accumulate(DType compute, const Segment& segment, const LogitTransform& transform,
+                         unsigned metrics, const double* exact_target, RowStats* stats, void* e) {
+  return compute == DType::f64
+             ? accumulate_as<double>(segment, transform, metrics, exact_target, stats, e)
+             : accumulate_as<float>(segment, transform, metrics, exact_target, stats, e);
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+template <typename C, typename Z, typename Out>
+static void gradient_of(const Z* z, const Segment& segment, const Folded<C>& f,
+                        const RowGradient& row, Out* out) {
+  const int64_t n = segment.n, y = segment.label;
   const bool has_label = y >= 0 && y < n;
-  const C before = max_of(z, 0, has_label ? y : n);
-  const C after = has_label ? max_of(z, y + 1, n) : before;
-  double max = s->max;
-  if (has_label) {
-    s->seen = true;
-    s->compared = static_cast<double>(z[y]);
-    // Nothing stands before the first value: there even -inf, or NaN as in torch, is a maximum.
-    s->beaten = (s->count > 0 && !(s->compared > max)) || (y > 0 && !(z[y] > before));
-    const C b = bias == nullptr ? C(0) : bias[y];
-    const C target = exact_target == nullptr ? z[y] : f(static_cast<C>(*exact_target) + b);
-    s->target = static_cast<double>(target);
-    s->target_slope = static_cast<double>(f.relative_slope(target));
-    z[y] = -static_cast<C>(INFINITY);
-    max = s->target > max ? s->target : max;
-  }
-  s->beaten = s->beaten || (s->seen && static_cast<double>(after) > s->compared);
-  s->count += n;
-  max = static_cast<double>(before) > max ? static_cast<double>(before) : max;
-  max = static_cast<double>(after) > max ? static_cast<double>(after) : max;
-
-  double factor = 1.0;
-  if (max == -INFINITY) {  // nothing but masked logits so far: no anchor yet, no mass
-    for (int64_t i = 0; i < n; ++i) exp_z[i] = z[i] == z[i] ? C(0) : z[i];
-    s->rest += sum_of(n, [&](int64_t i) { return exp_z[i]; });
+  const Pack<C> at_label = has_label ? load_some<C>(z + y, 1, C(0)) : splat(C(0));
+  const C m = static_cast<C>(row.max), log_s = static_cast<C>(row.log_sum);
+  const C c_logp = static_cast<C>(-row.grad_logp) * f.slope;
+  const C c_entropy = static_cast<C>(-row.grad_entropy) * f.slope;
+  const C h = static_cast<C>(row.entropy), floor = exp_floor(C(0));
+  const auto log_p = [&](Pack<C> v) { return (v - m) - log_s; };
+  const auto of_entropy = [&](Pack<C> logp) {
+    return c_entropy * ((logp < floor ? splat(floor) : logp) + h);
+  };
+  const auto times_slope = [&](Pack<C> value, Pack<C> v) {
+    return f.capped ? value * f.relative_slope(v) : value;
+  };
+  if (row.grad_entropy == 0.0) {
+    map<C>(z, out, n, [&](Pack<C> v) { return times_slope(c_logp * exp_of(log_p(v)), v); });
   } else {
-    factor = move_anchor(max, s);
-    const C m = static_cast<C>(max);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) exp_z[i] = exp_nonpositive(z[i] - m);
-    s->rest += sum_of(n, [&](int64_t i) { return exp_z[i]; });
-    if (metrics & kEntropy) {
-      const C floor = exp_floor(C(0));
-      s->rest_z += sum_of(n, [&](int64_t i) {
-        const C d = z[i] - m;
-        return static_cast<double>(exp_z[i]) * static_cast<double>(d < floor ? floor : d);
-      });
-    }
-    if (metrics & kLogSumSqProbs) {
-      s->rest_sq += sum_of(n, [&](int64_t i) {
-        return static_cast<double>(exp_z[i]) * static_cast<double>(exp_z[i]);
-      });
-    }
+    map<C>(z, out, n, [&](Pack<C> v) {
+      const Pack<C> logp = log_p(v);
+      return times_slope(exp_of(logp) * (c_logp + of_entropy(logp)), v);
+    });
   }
-  if (e != nullptr) {
-    if (f.capped) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) exp_z[i] *= f.relative_slope(z[i]);
-      if (has_label) exp_z[y] = 0;
+  if (has_label) {
+    // Not p_y - 1: a difference, even one that a fused multiply-add rounds once, would cancel.
+    Pack<C> value = splat(-c_logp * static_cast<C>(row.rest_share));
+    if (row.grad_entropy != 0.0) {
+      const Pack<C> logp = log_p(at_label);
+      value = exp_of(logp) * of_entropy(logp) + value;
     }
-    store_as(exp_z, e, e_type, n);
+    store_some(times_slope(value, at_label), out + y, 1);
   }
-  return factor;
 }
 
 template <typename C>
 static void gradient_as(const Segment& segment, const LogitTransform& transform,
                         const RowGradient& row, void* out, DType out_type) {
-  C z[kMaxSegment], grad[kMaxSegment];
-  const int64_t n = segment.n, y = segment.label;
   const Folded<C> f(transform);
-  const C* bias = static_cast<const C*>(segment.bias);
-  with_type(segment.x_type, segment.x, [&](auto* x) { load_logits<C>(x, bias, n, f, z); });
-
-  const C m = static_cast<C>(row.max), log_s = static_cast<C>(row.log_sum);
-  const C c_logp = static_cast<C>(-row.grad_logp) * f.slope;
-  if (row.grad_entropy == 0.0) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) grad[i] = c_logp * exp_nonpositive((z[i] - m) - log_s);
-  } else {
-    const C c_entropy = static_cast<C>(-row.grad_entropy) * f.slope;
-    const C h = static_cast<C>(row.entropy), floor = exp_floor(C(0));
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const C logp = (z[i] - m) - log_s;
-      const C bounded = logp < floor ? floor : logp;
-      grad[i] = exp_nonpositive(logp) * (c_logp + c_entropy * (bounded + h));
-    }
-  }
-  if (y >= 0 && y < n) {
-    // Not p_y - 1: a difference, even one that a fused multiply-add rounds once, would cancel.
-    const C logp = (z[y] - m) - log_s, floor = exp_floor(C(0));
-    const C c_entropy = static_cast<C>(-row.grad_entropy) * f.slope;
-    const C of_entropy = row.grad_entropy == 0.0
-                             ? C(0)
-                             : exp_nonpositive(logp) * c_entropy *
-                                   ((logp < floor ? floor : logp) + static_cast<C>(row.entropy));
-    grad[y] = of_entropy - c_logp * static_cast<C>(row.rest_share);
-  }
-  if (f.capped) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) grad[i] *= f.relative_slope(z[i]);
-  }
-  store_as(grad, out, out_type, n);
-}
-
-static double accumulate(DType compute, const Segment& segment, const LogitTransform& transform,
-                         unsigned metrics, const double* exact_target, RowStats* stats, void* e,
-                         DType e_type) {
-  return compute == DType::f64
-             ? accumulate_as<double>(segment, transform, metrics, exact_target, stats, e, e_type)
-             : accumulate_as<float>(segment, transform, metrics, exact_target, stats, e, e_type);
+  with_type<C>(segment.x_type, segment.x, [&](auto* x) {
+    with_type<C>(out_type, out, [&](auto* like) {
+      auto* typed = same_type(like, out);
+      if (is_plain(segment, f)) return gradient_of(x, segment, f, row, typed);
+      C z[kMaxSegment];
+      transform_logits(x, segment, f, z);
+      gradient_of<C, C>(z, segment, f, row, typed);
+    });
+  });
 }
 
 static void gradient(DType compute, const Segment& segment, const LogitTransform& transform,
@@ -180,61 +338,50 @@ static void gradient(DType compute, const Segment& segment, const LogitTransform
   gradient_as<float>(segment, transform, row, out, out_type);
 }
 
+// ---- vectors ------------------------------------------------------------------------------------
+
+template <typename Through>
+static inline Floats rounded(Floats x) {
+  Through narrow[kWidth];
+  store_pack(x, narrow);
+  load_pack(narrow, &x);
+  return x;
+}
+
 static void convert(DType from, const void* x, DType through, DType to, void* out, int64_t n) {
-  if (from == DType::f64) return store_as(static_cast<const double*>(x), out, to, n);
-  const int64_t out_size = to == DType::f64 ? 8 : to == DType::f32 ? 4 : 2;
-  float buffer[1024];
-  bf16 rounded_bf16[1024];
-  f16 rounded_f16[1024];
-  for (int64_t begin = 0; begin < n; begin += 1024) {
-    const int64_t count = begin + 1024 < n ? 1024 : n - begin;
-    with_type(from, x, [&](auto* p) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) buffer[i] = load<float>(p[begin + i]);
+  if (from == DType::f64) {
+    memmove(out, x, static_cast<size_t>(n) * sizeof(double));
+    return;
+  }
+  with_type<float>(from, x, [&](auto* p) {
+    with_type<float>(to, out, [&](auto* like) {
+      auto* q = same_type(like, out);
+      if (through == DType::bf16) return map<float>(p, q, n, rounded<bf16>);
+      if (through == DType::f16) return map<float>(p, q, n, rounded<f16>);
+      map<float>(p, q, n, [](Floats v) { return v; });
     });
-    if (through == DType::bf16 && from != DType::bf16) {
-      store_all(buffer, rounded_bf16, count);
-      for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(rounded_bf16[i]);
-    } else if (through == DType::f16 && from != DType::f16) {
-      store_all(buffer, rounded_f16, count);
-      for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(rounded_f16[i]);
-    }
-    store_as(buffer, static_cast<char*>(out) + begin * out_size, to, count);
-  }
-}
-
-template <typename C, typename X>
-static void scale_add_as(C a, C* y, C b, const X* x, int64_t n) {
-  if (a == 0) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = b * load<C>(x[i]);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = a * y[i] + b * load<C>(x[i]);
-  }
-}
-
-static void scale_add(DType compute, double a, void* y, double b, const void* x, DType x_type,
-                      int64_t n) {
-  with_type(x_type, x, [&](auto* p) {
-    if (compute == DType::f64) {
-      scale_add_as(a, static_cast<double*>(y), b, p, n);
-    } else {
-      scale_add_as(static_cast<float>(a), static_cast<float*>(y), static_cast<float>(b), p, n);
-    }
   });
 }
 
 template <typename C>
+static void scale_add_as(C a, C* y, C b, const void* x, DType x_type, int64_t n) {
+  with_type<C>(x_type, x, [&](auto* p) {
+    if (a == 0) return map<C>(p, y, n, [&](Pack<C> v) { return b * v; });
+    map2<C>(p, y, y, n, [&](Pack<C> v, Pack<C> sum) { return a * sum + b * v; });
+  });
+}
+
+static void scale_add(DType compute, double a, void* y, double b, const void* x, DType x_type,
+                      int64_t n) {
+  if (compute == DType::f64) return scale_add_as(a, static_cast<double*>(y), b, x, x_type, n);
+  scale_add_as(static_cast<float>(a), static_cast<float*>(y), static_cast<float>(b), x, x_type, n);
+}
+
+template <typename C>
 static void scale_as(C a, const C* x, void* out, DType out_type, int64_t n) {
-  C buffer[1024];
-  const int64_t out_size = out_type == DType::f64 ? 8 : out_type == DType::f32 ? 4 : 2;
-  for (int64_t begin = 0; begin < n; begin += 1024) {
-    const int64_t count = begin + 1024 < n ? 1024 : n - begin;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) buffer[i] = a * x[begin + i];
-    store_as(buffer, static_cast<char*>(out) + begin * out_size, out_type, count);
-  }
+  with_type<C>(out_type, out, [&](auto* like) {
+    map<C>(x, same_type(like, out), n, [&](Pack<C> v) { return a * v; });
+  });
 }
 
 static void scale(DType compute, double a, const void* x, void* out, DType out_type, int64_t n) {
@@ -242,16 +389,25 @@ static void scale(DType compute, double a, const void* x, void* out, DType out_t
   scale_as(static_cast<float>(a), static_cast<const float*>(x), out, out_type, n);
 }
 
-static double dot(DType compute, const void* a, DType a_type, const void* b, DType b_type,
-                  int64_t n) {
-  return with_type(a_type, a, [&](auto* p) {
-    return with_type(b_type, b, [&](auto* q) {
-      if (compute == DType::f64) {
-        return sum_of(n, [&](int64_t i) { return load<double>(p[i]) * load<double>(q[i]); });
+template <typename C>
+static double dot_as(const void* a, DType a_type, const void* b, DType b_type, int64_t n) {
+  return with_type<C>(a_type, a, [&](auto* p) {
+    return with_type<C>(b_type, b, [&](auto* q) {
+      constexpr int64_t width = PackOf<C>::width;
+      Sum<C> sum;
+      for (int64_t i = 0; i < n; i += width) {
+        const int64_t count = n - i < width ? n - i : width;
+        sum.add(load_some<C>(p + i, count, C(0)) * load_some<C>(q + i, count, C(0)));
       }
-      return sum_of(n, [&](int64_t i) { return load<float>(p[i]) * load<float>(q[i]); });
+      return sum.total();
     });
   });
+}
+
+static double dot(DType compute, const void* a, DType a_type, const void* b, DType b_type,
+                  int64_t n) {
+  return compute == DType::f64 ? dot_as<double>(a, a_type, b, b_type, n)
+                               : dot_as<float>(a, a_type, b, b_type, n);
 }
 
 extern const RowKernels table;

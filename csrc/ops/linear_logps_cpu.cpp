@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "core/finish_row.h"
+#include "cpu/row_stats.h"
 #include "ops/linear_problem.h"
 #include "ops/row_outputs.h"
 
@@ -127,7 +128,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
           const Segment segment{z_rows.row(r), p.gemm, operands.bias_data(), operands.n, label};
           const double factor =
               kernels.accumulate(p.result, segment, p.transform, metrics,
-                                 exact_targets && has_label ? &exact : nullptr, &s, e, p.gemm);
+                                 exact_targets && has_label ? &exact : nullptr, &s, e);
           if (unit && factor != 1.0 && tile > 0) unit->scale_row(i, factor);
           if (lora_unit && factor != 1.0 && tile > 0) lora_unit->scale_row(i, factor);
           if (keeps) {
@@ -147,12 +148,14 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
   torch::stable::parallel_for(0, p.n, 1, [&](int64_t a, int64_t b) {
     std::vector<double> label_row;  // room for a row of W or B in fp32 or fp64
     for (int64_t i = a; i < b; ++i) {
-      const RowStats& s = row_stats[static_cast<size_t>(i)];
+      RowStats& s = row_stats[static_cast<size_t>(i)];
+      const double anchor = s.max;  // what G is in units of
+      settle(&s);
       const RowResult r = finish_row(s, p.vocab);
       out.set(p.kept.position[static_cast<size_t>(i)], r);
       const double values[] = {r.max, r.log_sum, r.rest_share, s.target_slope};
       for (int64_t j = 0; j < 4; ++j) set_value(stats_data, p.result, 4 * i + j, values[j]);
-      const double of_total = -k * std::exp(-r.log_sum),
+      const double of_total = -k * std::exp((anchor - r.max) - r.log_sum),
                    of_label = k * r.rest_share * s.target_slope;
       const int64_t label = p.kept.label[static_cast<size_t>(i)];
       if (unit) {
