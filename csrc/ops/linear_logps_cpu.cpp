@@ -11,6 +11,7 @@
 
 #include "core/finish_row.h"
 #include "cpu/row_stats.h"
+#include "ops/large.h"
 #include "ops/linear_problem.h"
 #include "ops/row_outputs.h"
 
@@ -21,7 +22,7 @@ namespace {
 class UnitGradient {
  public:
   UnitGradient(const LinearProblem& p, int64_t rows_in_all, int64_t cols)
-      : total(zeros_as(p.x, {rows_in_all, cols}, p.result)),
+      : total(zeros_large(p.x, {rows_in_all, cols}, p.result)),
         p_(p),
         cols_(cols),
         product_(p.product_scratch(cols)) {}
@@ -102,7 +103,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
     lora_unit.emplace(p, rows_in_all, lora_weight->size(1));
   OptionalTensor kept, anchors;
   if (keep_rows_at_most > 0) {
-    kept = empty_as(hidden, {keep_rows, p.vocab}, p.compute);
+    kept = empty_large(hidden, {keep_rows, p.vocab}, p.compute);
     anchors = zeros_as(hidden, {keep_rows, p.tiles}, p.result);
   }
   char* kept_data = kept ? static_cast<char*>(kept->data_ptr()) : nullptr;
@@ -194,7 +195,7 @@ Tensor linear_token_logps_backward_hidden(const Tensor& grad_logps_in, const Ten
   const Tensor grad_logps = *dense_gradient(grad_logps_in, labels, result);
   std::vector<int64_t> shape = sizes_of(labels);
   shape.push_back(cols);
-  const Tensor out = zeros_as(unit_grad, shape, type);
+  const Tensor out = zeros_large(unit_grad, shape, type);
   // Labels were checked in forward, so any positive number of classes will do.
   const KeptRows kept = kept_rows(labels, INT64_MAX, ignore_index);
   const char* from = static_cast<const char*>(unit_grad.const_data_ptr());

@@ -6,6 +6,7 @@
 #include "core/finish_row.h"
 #include "cpu/row_kernels.h"
 #include "cpu/row_stats.h"
+#include "ops/large.h"
 #include "ops/row_outputs.h"
 #include "ops/rows.h"
 
@@ -183,7 +184,7 @@ Tensor token_logps_backward(const OptionalTensor& grad_logps, const OptionalTens
                             const OptionalTensor& entropy, const Tensor& stats,
                             int64_t ignore_index, double temperature) {
   const Tensor logits = with_dense_rows(logits_in);
-  Tensor out = empty_as(logits, sizes_of(logits), dtype_of(logits));
+  Tensor out = empty_large(logits, sizes_of(logits), dtype_of(logits));
   write_gradient(grad_logps, grad_entropy, logits, labels, entropy, stats, ignore_index,
                  temperature, out);
   return out;
