@@ -14,7 +14,7 @@ namespace FUSEDPO_ISA {
 // digits exp(z - anchor) loses where it is large; the smaller, the more often a segment is swept
 // twice. At 8, what is lost is within what an fp32 log-prob of 8 nats can show.
 constexpr double kReach = 8.0;
-// Where nothing is known of a row, its first values show where its logits lie.
+// A row's first values show where its logits lie, should the guess lie far below.
 constexpr int64_t kSample = 256;
 
 // The transform with its constants folded, in the compute type:
@@ -64,7 +64,7 @@ struct Sums {
 };
 
 // Adds z[0..n) to the sums and returns the largest. Eight packs are summed in C before they are
-// widened: three roundings, each below a term's own error. With kStore writes exp(z - m) to e,
+// widened: the roundings are of the size of a term's own error. With kStore writes exp(z - m) to e,
 // which may be z.
 template <typename C, bool kMetrics, bool kStore, typename X>
 static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
@@ -72,34 +72,27 @@ static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
   const C floor = exp_floor(C(0));
   Sums<C> s = *sums;
   Pack<C> max = splat(-static_cast<C>(INFINITY));
-  // exp(-inf) (-inf) counts for nothing.
-  const auto bounded = [&](Pack<C> d) { return d < floor ? splat(floor) : d; };
   int64_t i = 0;
   for (; i + 8 * width <= n; i += 8 * width) {
-    Pack<C> rest[2], rest_z[2], rest_sq[2], sum_z[2];
-    for (int half = 0; half < 2; ++half) {
-      Pack<C> z[4], d[4], t[4];
-      for (int k = 0; k < 4; ++k) {
-        const int64_t at = i + (4 * half + k) * width;
-        load_pack(x + at, &z[k]);
-        max = z[k] > max ? z[k] : max;
-        d[k] = z[k] - m;
-        t[k] = exp_of(d[k]);
-        if constexpr (kStore) store_pack(t[k], e + at);
-      }
-      rest[half] = (t[0] + t[1]) + (t[2] + t[3]);
+    Pack<C> rest{}, rest_z{}, rest_sq{}, sum_z{};
+    for (int k = 0; k < 8; ++k) {
+      Pack<C> z;
+      load_pack(x + i + k * width, &z);
+      max = z > max ? z : max;
+      const Pack<C> d = z - m, t = exp_of(d);
+      rest += t;
       if constexpr (kMetrics) {
-        for (int k = 0; k < 4; ++k) d[k] = bounded(d[k]);
-        rest_z[half] = (t[0] * d[0] + t[1] * d[1]) + (t[2] * d[2] + t[3] * d[3]);
-        rest_sq[half] = (t[0] * t[0] + t[1] * t[1]) + (t[2] * t[2] + t[3] * t[3]);
-        sum_z[half] = (z[0] + z[1]) + (z[2] + z[3]);
+        rest_z += t * bounded_below(d, floor);  // exp(-inf) (-inf) counts for nothing
+        rest_sq += t * t;
+        sum_z += z;
       }
+      if constexpr (kStore) store_pack(t, e + i + k * width);
     }
-    s.rest.add(rest[0] + rest[1]);
+    s.rest.add(rest);
     if constexpr (kMetrics) {
-      s.rest_z.add(rest_z[0] + rest_z[1]);
-      s.rest_sq.add(rest_sq[0] + rest_sq[1]);
-      s.z.add(sum_z[0] + sum_z[1]);
+      s.rest_z.add(rest_z);
+      s.rest_sq.add(rest_sq);
+      s.z.add(sum_z);
     }
   }
   for (; i < n; i += width) {
@@ -109,7 +102,7 @@ static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
     max = z > max ? z : max;
     s.rest.add(t);
     if constexpr (kMetrics) {
-      s.rest_z.add(t * bounded(d));
+      s.rest_z.add(t * bounded_below(d, floor));
       s.rest_sq.add(t * t);
       s.z.add(load_some<C>(x + i, count, C(0)));
     }
@@ -182,8 +175,9 @@ static double accumulate_rest(const X* x, int64_t n, int64_t y, bool metrics, X*
   const Sides<C, X> sides(x, n, y);
   const auto highest = [&] { return static_cast<double>(*before > *after ? *before : *after); };
   double anchor = static_cast<double>(static_cast<C>(s->max));
-  if (anchor == -INFINITY) {
-    anchor = static_cast<double>(max_of<C>(x, n < kSample ? n : kSample));
+  if (s->count == 0) {
+    const double sample = static_cast<double>(max_of<C>(x, n < kSample ? n : kSample));
+    anchor = sample > anchor ? sample : anchor;
   }
   Sums<C> sums;
   if (e == nullptr && anchor != -INFINITY) {
@@ -293,7 +287,7 @@ static void gradient_of(const Z* z, const Segment& segment, const Folded<C>& f,
   const C h = static_cast<C>(row.entropy), floor = exp_floor(C(0));
   const auto log_p = [&](Pack<C> v) { return (v - m) - log_s; };
   const auto of_entropy = [&](Pack<C> logp) {
-    return c_entropy * ((logp < floor ? splat(floor) : logp) + h);
+    return c_entropy * (bounded_below(logp, floor) + h);
   };
   const auto times_slope = [&](Pack<C> value, Pack<C> v) {
     return f.capped ? value * f.relative_slope(v) : value;

@@ -14,15 +14,21 @@ namespace FUSEDPO_ISA {
 static inline float exp_floor(float) { return -87.3f; }
 static inline double exp_floor(double) { return -708.0; }
 
-// exp(x) for x <= 88, within 1 ulp in fp32; NaN stays NaN. x = n ln2 / k + r: 2^(n / k) by the
-// exponent field and a table of k entries, times a polynomial for exp(r). ln2 is split so that n
-// times its high part is exact; n is rounded by adding 1.5 2^23, which leaves it in the low bits.
-// The comparisons are written so that NaN fails them.
+// x, but no less than exp_floor; NaN stays NaN.
+template <typename P, typename C>
+static inline P bounded_below(P x, C floor) {
+  return x < floor ? splat(floor) : x;
+}
+
+// exp(x) for x <= 88, within 1 ulp in fp32; NaN stays NaN. x = n ln2 / k + r: 2^(n / k) by a table
+// of k entries and the exponent, times a polynomial for exp(r). ln2 is split so that n times its
+// high part is exact; n is rounded by adding 1.5 2^23, which leaves it in the low bits. The
+// comparisons are written so that NaN fails them.
 #if defined(__AVX512F__)
 // k = 16: a table of one register, read by one permutation, for which the polynomial is short.
 static inline Floats exp_of(Floats x) {
-  const Floats table = {1.0f,          1.0442737824f, 1.0905077327f, 1.1387886347f,
-                        1.1892071150f, 1.2418578120f, 1.2968395547f, 1.3542555469f,
+  const Floats table = {1.0f,          1.0442737824f, 1.0905077327f, 1.1387886348f,
+                        1.1892071150f, 1.2418578121f, 1.2968395547f, 1.3542555469f,
                         1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903319f,
                         1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
   const Floats shifted = x * 23.0831206542f + 12582912.0f;
