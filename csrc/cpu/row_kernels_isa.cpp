@@ -82,7 +82,7 @@ static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
       const Pack<C> d = z - m, t = exp_of(d);
       rest += t;
       if constexpr (kMetrics) {
-        rest_z += t * bounded_below(d, floor);  // exp(-inf) (-inf) counts for nothing
+        rest_z = d < floor ? rest_z : rest_z + t * d;  // exp(-inf) (-inf) counts for nothing
         rest_sq += t * t;
         sum_z += z;
       }
@@ -102,7 +102,7 @@ static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
     max = z > max ? z : max;
     s.rest.add(t);
     if constexpr (kMetrics) {
-      s.rest_z.add(t * bounded_below(d, floor));
+      s.rest_z.add(d < floor ? Pack<C>{} : t * d);
       s.rest_sq.add(t * t);
       s.z.add(load_some<C>(x + i, count, C(0)));
     }
