@@ -2,8 +2,8 @@
 //
 // torch takes memory from malloc. What is smaller than 32 MiB, such as every block of logits here,
 // glibc hands out again without asking the kernel. Larger memory is fresh at every call, and the
-// kernel's 4 KiB faults take three times as long as the arithmetic that fills it. A cache of our own
-// would keep hundreds of megabytes from everybody else, and could not hold what a caller keeps;
+// kernel's 4 KiB faults take three times as long as the arithmetic that fills it. A cache of our
+// own would keep hundreds of megabytes from everybody else, and could not hold what a caller keeps;
 // asking for huge pages costs nothing, holds nothing, and leaves a fifth of the time.
 #pragma once
 
