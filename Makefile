@@ -30,7 +30,7 @@ export FUSEDPO_NATIVE ?= require
 # Few architectures compile quickly: the GPU's that is here, else two. (Installing has them all.)
 export FUSEDPO_CUDA_ARCHS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo native || echo '80-real;90-real')
 
-.PHONY: help demo test test-trl test-engines lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
+.PHONY: help demo test test-trl test-engines lint sanitize cuda cuda-host-ops neon tsan fuzz cuda-host clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
@@ -42,6 +42,7 @@ help:
 	@echo 'make cuda      compile the CUDA kernels for every architecture of a release and check them'
 	@echo 'make cuda-host the CUDA kernels on the CPU, checked; planted faults must fail their tests'
 	@echo 'make cuda-host-ops  the operators'"'"' tests over CUDA operators with emulated kernels'
+	@echo 'make neon      the CPU kernels for 64-bit ARM, their tests run under QEMU'
 	@echo 'make tsan      readers, writers and merges of the store under the thread sanitizer'
 	@echo 'make fuzz      libFuzzer on the readers of the store, for FUZZ_SECONDS (Clang only)'
 	@echo 'make clean     remove .venv and build/'
@@ -80,6 +81,9 @@ cuda-host: $(STAMPS)/tools
 
 cuda-host-ops: $(STAMPS)/test
 	scripts/test_cuda_host_ops.sh $(VENV)
+
+neon: $(STAMPS)/tools
+	scripts/check_neon.sh $(VENV) build/neon
 
 tsan: $(STAMPS)/tools
 	scripts/run_tsan.sh $(VENV)

@@ -29,6 +29,7 @@ struct RowStats {
       1.0;                // d z_y / d x_y over scale / temperature: 1 - tanh^2, 1 without softcap
   int64_t count = 0;      // values seen
   double compared = 0.0;  // z_y as the segment had it: what is_top1 compares
+  double highest = -__builtin_inf();  // max of z_v over v != y
   bool seen = false;      // the label's segment was added
   bool beaten = false;    // an earlier z_v >= z_y or a later one > z_y
 };

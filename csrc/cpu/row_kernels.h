@@ -1,6 +1,6 @@
 // CPU kernels on rows of logits. Plain memory, no torch, no threads: a caller splits the rows.
 //
-// A row is z[0..V), scored at its label y. With m = max z and s = sum_v exp(z_v - m):
+// A row is z[0..V), scored at its label y. With an anchor m and s = sum_v exp(z_v - m):
 //
 //   logp    = z_y - m - log s
 //   entropy = log s - (1/s) sum_v exp(z_v - m) (z_v - m)
@@ -11,10 +11,14 @@
 // logp = -log1p(rest) are formed without cancellation, and a confident token keeps its relative
 // precision in the value and in the gradient.
 //
-// Rows arrive in segments (a slice of a row in memory, or one GEMM tile's columns). Each segment is
-// anchored at the largest logit so far; what was summed before is rescaled when the anchor moves.
-// Terms are formed in the compute type and summed in fp64. One code path serves every combination
-// of outputs, so asking for a metric or a gradient changes no bit of logp.
+// Rows arrive in segments (a slice of a row in memory, or one GEMM tile's columns), each swept
+// once. The anchor is what the caller set stats.max to, which must be a logit of the row: the
+// label's is a good guess, it usually is the largest or near. Without a guess the anchor is the
+// largest of the first values. It moves up to the largest logit so far when that lies more than 8
+// nats above; what was summed before is rescaled. settle() (row_stats.h) brings the finished sums
+// to the row's maximum in fp64. Terms are formed in the compute type, summed eight by eight in it
+// and then in fp64, in the same order whatever is asked for: asking for a metric or a gradient
+// changes no bit of logp.
 #pragma once
 
 #include <stdint.h>
@@ -43,10 +47,9 @@ struct RowKernels {
   // Adds one segment to `stats` and returns the factor exp(m_before - m_now) by which everything
   // the caller accumulated in units of exp(-m) must be multiplied. `exact_target`, when not null,
   // is x_y in higher precision and replaces the segment's value at the label. With `e` not null
-  // writes exp(z - m) (1 - tanh^2), 0 at the label, as e_type; e may be x.
+  // writes exp(z - m) (1 - tanh^2), 0 at the label, in the type of x; e may be x.
   double (*accumulate)(DType compute, const Segment& segment, const LogitTransform& transform,
-                       unsigned metrics, const double* exact_target, RowStats* stats, void* e,
-                       DType e_type);
+                       unsigned metrics, const double* exact_target, RowStats* stats, void* e);
 
   // Writes d loss / d x for one segment as out_type; out may be x.
   void (*gradient)(DType compute, const Segment& segment, const LogitTransform& transform,

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "ops/large.h"
 #include "ops/linear_problem.h"
 
 namespace fusedpo {
@@ -284,7 +285,7 @@ Result linear_token_logps_backward(
       right = empty_as(right_in, sizes_of(right_in), p.result);
       convert_rows(right_in, p.result, right);
     }
-    const Tensor out = empty_as(like, sizes_of(like), dtype_of(like));
+    const Tensor out = empty_large(like, sizes_of(like), dtype_of(like));
     const std::vector<int64_t> as_matrix{like.size(0), right.size(1)};
     backward.add_vocab_gradient(right, torch::stable::view(out, as_matrix));
     return OptionalTensor(out);

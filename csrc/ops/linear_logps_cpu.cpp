@@ -10,6 +10,8 @@
 #include <cmath>
 
 #include "core/finish_row.h"
+#include "cpu/row_stats.h"
+#include "ops/large.h"
 #include "ops/linear_problem.h"
 #include "ops/row_outputs.h"
 
@@ -20,7 +22,7 @@ namespace {
 class UnitGradient {
  public:
   UnitGradient(const LinearProblem& p, int64_t rows_in_all, int64_t cols)
-      : total(zeros_as(p.x, {rows_in_all, cols}, p.result)),
+      : total(zeros_large(p.x, {rows_in_all, cols}, p.result)),
         p_(p),
         cols_(cols),
         product_(p.product_scratch(cols)) {}
@@ -101,7 +103,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
     lora_unit.emplace(p, rows_in_all, lora_weight->size(1));
   OptionalTensor kept, anchors;
   if (keep_rows_at_most > 0) {
-    kept = empty_as(hidden, {keep_rows, p.vocab}, p.compute);
+    kept = empty_large(hidden, {keep_rows, p.vocab}, p.compute);
     anchors = zeros_as(hidden, {keep_rows, p.tiles}, p.result);
   }
   char* kept_data = kept ? static_cast<char*>(kept->data_ptr()) : nullptr;
@@ -127,7 +129,7 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
           const Segment segment{z_rows.row(r), p.gemm, operands.bias_data(), operands.n, label};
           const double factor =
               kernels.accumulate(p.result, segment, p.transform, metrics,
-                                 exact_targets && has_label ? &exact : nullptr, &s, e, p.gemm);
+                                 exact_targets && has_label ? &exact : nullptr, &s, e);
           if (unit && factor != 1.0 && tile > 0) unit->scale_row(i, factor);
           if (lora_unit && factor != 1.0 && tile > 0) lora_unit->scale_row(i, factor);
           if (keeps) {
@@ -147,12 +149,14 @@ Result linear_token_logps(const Tensor& hidden, const Tensor& weight, const Opti
   torch::stable::parallel_for(0, p.n, 1, [&](int64_t a, int64_t b) {
     std::vector<double> label_row;  // room for a row of W or B in fp32 or fp64
     for (int64_t i = a; i < b; ++i) {
-      const RowStats& s = row_stats[static_cast<size_t>(i)];
+      RowStats& s = row_stats[static_cast<size_t>(i)];
+      const double anchor = s.max;  // what G is in units of
+      settle(&s);
       const RowResult r = finish_row(s, p.vocab);
       out.set(p.kept.position[static_cast<size_t>(i)], r);
       const double values[] = {r.max, r.log_sum, r.rest_share, s.target_slope};
       for (int64_t j = 0; j < 4; ++j) set_value(stats_data, p.result, 4 * i + j, values[j]);
-      const double of_total = -k * std::exp(-r.log_sum),
+      const double of_total = -k * std::exp((anchor - r.max) - r.log_sum),
                    of_label = k * r.rest_share * s.target_slope;
       const int64_t label = p.kept.label[static_cast<size_t>(i)];
       if (unit) {
@@ -191,7 +195,7 @@ Tensor linear_token_logps_backward_hidden(const Tensor& grad_logps_in, const Ten
   const Tensor grad_logps = *dense_gradient(grad_logps_in, labels, result);
   std::vector<int64_t> shape = sizes_of(labels);
   shape.push_back(cols);
-  const Tensor out = zeros_as(unit_grad, shape, type);
+  const Tensor out = zeros_large(unit_grad, shape, type);
   // Labels were checked in forward, so any positive number of classes will do.
   const KeptRows kept = kept_rows(labels, INT64_MAX, ignore_index);
   const char* from = static_cast<const char*>(unit_grad.const_data_ptr());

@@ -2,6 +2,7 @@
 // set this machine can run.
 #include "cpu/row_kernels.h"
 #include "core/finish_row.h"
+#include "cpu/row_stats.h"
 
 #include <gtest/gtest.h>
 
@@ -31,7 +32,7 @@ class RowKernelsTest : public testing::TestWithParam<const RowKernels*> {
   const RowKernels& kernels() const { return *GetParam(); }
 
   // Scores a row of floats (or doubles) cut into segments of `width`; `e`, when given, receives
-  // exp(z - final anchor) over all columns.
+  // exp(z - max) over all columns.
   template <typename C>
   RowResult score(const std::vector<C>& x, int64_t label, int64_t width,
                   const LogitTransform& transform = {}, const std::vector<C>* bias = nullptr,
@@ -44,13 +45,18 @@ class RowKernelsTest : public testing::TestWithParam<const RowKernels*> {
       const int64_t n = std::min(width, vocab - v);
       std::vector<C> part(static_cast<size_t>(n));
       const Segment segment{x.data() + v, type, bias ? bias->data() + v : nullptr, n, label - v};
-      const double factor = kernels().accumulate(type, segment, transform, kAllMetrics, nullptr,
-                                                 &stats, part.data(), type);
+      const double factor =
+          kernels().accumulate(type, segment, transform, kAllMetrics, nullptr, &stats, part.data());
       if (e == nullptr) continue;
       for (int64_t i = 0; i < v; ++i) (*e)[static_cast<size_t>(i)] *= factor;
       for (int64_t i = 0; i < n; ++i) {
         (*e)[static_cast<size_t>(v + i)] = static_cast<double>(part[static_cast<size_t>(i)]);
       }
+    }
+    const double anchor = stats.max;
+    settle(&stats);
+    if (e != nullptr) {
+      for (double& value : *e) value *= std::exp(anchor - stats.max);
     }
     return finish_row(stats, vocab);
   }
@@ -141,7 +147,7 @@ TEST_P(RowKernelsTest, TheTransformAppliesBiasScaleCapAndTemperatureInThisOrder)
   }
 }
 
-TEST_P(RowKernelsTest, ExponentialsAreZeroAtTheLabelAndRescaleToTheFinalAnchor) {
+TEST_P(RowKernelsTest, ExponentialsAreZeroAtTheLabelAndRescaleToTheMaximum) {
   const auto x = random_row<float>(900, 4.0, 5);
   for (double softcap : {0.0, 6.0}) {
     const LogitTransform t{1.0, softcap, 1.0};
@@ -173,6 +179,61 @@ TEST_P(RowKernelsTest, ATargetFarBelowTheMaximumKeepsItsPrecision) {
   const RowResult got = score(x, 9, 256);
   EXPECT_NEAR(got.logp, want.logp, 1e-5);
   EXPECT_NEAR(got.entropy, want.entropy, 2e-6);
+}
+
+TEST_P(RowKernelsTest, AnAnchorFarAwayCostsNoPrecision) {
+  // A guess below the maximum by less and by more than the anchor waits for, and one above.
+  for (double below : {7.5, 8.5, 30.0, 90.0, 500.0, -5.0}) {
+    auto x = random_row<float>(3000, 2.0, 13);
+    x[1700] = 15.0f;
+    const Plain want(x, 40);
+    RowStats stats;
+    stats.max = 15.0 - below;
+    for (int64_t v = 0; v < 3000; v += 1000) {
+      const Segment segment{x.data() + v, DType::f32, nullptr, 1000, 40 - v};
+      kernels().accumulate(DType::f32, segment, {}, kAllMetrics, nullptr, &stats, nullptr);
+    }
+    settle(&stats);
+    const RowResult got = finish_row(stats, 3000);
+    EXPECT_EQ(got.max, 15.0);
+    EXPECT_NEAR(got.logp, want.logp, 1e-6) << below;
+    EXPECT_NEAR(got.entropy, want.entropy, 1e-6) << below;
+    EXPECT_NEAR(got.log_sum_sq_probs, want.log_sum_sq_probs, 1e-6) << below;
+    EXPECT_NEAR(got.log_sum,
+                std::log1p(std::expm1(want.z[1700] - 15.0) + (1.0 - want.p[1700]) / want.p[1700]),
+                1e-6)
+        << below;
+  }
+}
+
+TEST_P(RowKernelsTest, StretchesOfARowJoinToTheWhole) {
+  auto x = random_row<float>(1200, 3.0, 14);
+  x[100] = x[700] = 14.0f;  // a tie for the maximum, in different stretches
+  const float masked = -std::numeric_limits<float>::infinity();
+  std::fill(x.begin() + 800, x.begin() + 1000, masked);
+  for (int64_t label : {0, 100, 399, 400, 700, 850, 1199}) {
+    const RowResult want = score(x, label, 400);
+    RowStats row;
+    for (int64_t v = 0; v < 1200; v += 200) {
+      RowStats part;
+      const Segment segment{x.data() + v, DType::f32, nullptr, 200, label - v};
+      kernels().accumulate(DType::f32, segment, {}, kAllMetrics, nullptr, &part, nullptr);
+      append(part, &row);
+    }
+    settle(&row);
+    const RowResult got = finish_row(row, 1200);
+    EXPECT_EQ(got.is_top1, label == 100) << label;
+    EXPECT_EQ(got.is_top1, want.is_top1) << label;
+    EXPECT_EQ(got.max, want.max) << label;
+    if (label == 850) {
+      EXPECT_EQ(got.logp, -kInf);
+    } else {
+      EXPECT_NEAR(got.logp, want.logp, 1e-6) << label;
+    }
+    EXPECT_NEAR(got.entropy, want.entropy, 1e-6) << label;
+    EXPECT_NEAR(got.log_sum_sq_probs, want.log_sum_sq_probs, 1e-6) << label;
+    EXPECT_EQ(row.count, 1200);
+  }
 }
 
 TEST_P(RowKernelsTest, TheFirstMaximumWinsATie) {
@@ -240,11 +301,12 @@ TEST_P(RowKernelsTest, ExponentialIsWithinTwoUlpOverItsWholeRange) {
     for (size_t i = 1; i < x.size(); ++i) {
       x[i] = -87.0f * (static_cast<float>(step) + static_cast<float>(i) / 4096.0f) / 64.0f;
     }
-    x[0] = 0.0f;  // the anchor
+    x[0] = 0.0f;  // the label
     std::vector<float> e(x.size());
     RowStats stats;
+    stats.max = 0.0;  // the anchor
     const Segment segment{x.data(), DType::f32, nullptr, 4096, 0};
-    kernels().accumulate(DType::f32, segment, {}, 0, nullptr, &stats, e.data(), DType::f32);
+    kernels().accumulate(DType::f32, segment, {}, 0, nullptr, &stats, e.data());
     for (size_t i = 1; i < x.size(); ++i) {
       const double want = std::exp(static_cast<double>(x[i]));
       worst = std::max(worst, std::fabs(static_cast<double>(e[i]) - want) / want);

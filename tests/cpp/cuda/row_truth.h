@@ -7,6 +7,7 @@
 
 #include "core/finish_row.h"
 #include "cpu/row_kernels.h"
+#include "cpu/row_stats.h"
 #include "typed_array.h"
 
 namespace fusedpo {
@@ -86,8 +87,9 @@ inline RowResult cpu_score(DType type, const void* x, size_t cols, int64_t label
     const Segment segment{
         static_cast<const char*>(x) + v * static_cast<int64_t>(item_size(type)), type,
         b == nullptr ? nullptr : b + v * static_cast<int64_t>(item_size(compute)), n, label - v};
-    row_kernels().accumulate(compute, segment, t, kAllMetrics, exact, &stats, nullptr, compute);
+    row_kernels().accumulate(compute, segment, t, kAllMetrics, exact, &stats, nullptr);
   }
+  settle(&stats);
   if (stats_out != nullptr) *stats_out = stats;
   return finish_row(stats, static_cast<int64_t>(cols));
 }
