@@ -55,9 +55,9 @@ def run(contest: Contest[P], limits: Limits) -> dict[str, dict[str, Any]]:
             results[peer] = absent(peer, error)
     for size in sorted(set(slices.values())):
         time_slice(contest, size, [p for p in slices if slices[p] == size], results, limits)
-    floor = results["floor"]["median_s"]
+    floor = results.get("floor", {}).get("median_s")
     for result in results.values():
-        if "median_s" in result:
+        if timed(result) and floor:
             result["times_floor"] = result["median_s"] / floor
     return {peer: results[peer] for peer in contest.peers}
 
@@ -134,12 +134,16 @@ def time_slice(
         results[peer] |= common.summary([scale * seconds for seconds in times])
 
 
+def timed(result: Mapping[str, Any]) -> bool:
+    return "median_s" in result
+
+
 def show(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints a case as a table."""
     print(f"\n{title}")
     print(f"{'':16}{'median ms':>11}{'min':>10}{'max':>10}{'x floor':>9}  remarks")
     for peer, result in results.items():
-        if "median_s" not in result:
+        if not timed(result):
             print(f"{peer:16}{'-':>11}{'':29}  {common.excuse(result)}")
             continue
         fields = (("median_s", 11), ("min_s", 10), ("max_s", 10))
@@ -147,7 +151,8 @@ def show(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
         remarks = [common.errors_of(result)] if "verified" in result else []
         if "extrapolated_from_V" in result:
             remarks.append(f"EXTRAPOLATED from V = {result['extrapolated_from_V']}")
-        print(f"{peer:16}{times}{result['times_floor']:9.2f}  {'; '.join(remarks)}", flush=True)
+        ratio = f"{result['times_floor']:9.2f}" if "times_floor" in result else f"{'-':>9}"
+        print(f"{peer:16}{times}{ratio}  {'; '.join(remarks)}", flush=True)
 
 
 # ---- a benchmark of many cases ------------------------------------------------------------------

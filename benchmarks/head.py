@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import common, contest, head_peers, head_scalar_peers
@@ -50,13 +51,13 @@ class HeadCase(Case):
             self.dtype, self.head, vocabulary, rows=self.N, share=self.share, size=self.H
         )
 
-    def peers(self) -> dict[str, Any]:
-        """Liger where the sizes are the centre's: it is never the fastest and takes long."""
-        absent = {"fp32": ("floor_fp32", "cast_weight"), "bf16": ("cast_weight",), "amp": ()}
-        left_out = list(absent[self.dtype])
+    def peers(self, wanted: Iterable[str]) -> dict[str, Any]:
+        """Of those wanted; Liger where the sizes are the centre's only, as its calls take long."""
+        meaningless = {"fp32": ("floor_fp32", "cast_weight"), "bf16": ("cast_weight",), "amp": ()}
+        left_out = set(meaningless[self.dtype])
         if self not in CENTRE:
-            left_out += head_scalar_peers.PEERS
-        return {peer: maker for peer, maker in PEERS.items() if peer not in left_out}
+            left_out |= set(head_scalar_peers.PEERS)
+        return {name: PEERS[name] for name in PEERS if name in wanted and name not in left_out}
 
 
 CENTRE = [HeadCase(dtype, head) for dtype in DTYPES for head in HEADS]
@@ -70,7 +71,7 @@ AXES = [
 ]
 
 
-def run_case(case: HeadCase, limits: Limits) -> dict[str, Any]:
+def run_case(case: HeadCase, peers: Iterable[str], limits: Limits) -> dict[str, Any]:
     def check(peer: str, p: Problem, answer: Any, truth: Any) -> dict[str, Any] | None:
         if peer in FLOORS:
             return None
@@ -79,14 +80,14 @@ def run_case(case: HeadCase, limits: Limits) -> dict[str, Any]:
         return verify(p, answer, truth)
 
     with common.threads(case.T) as threads:
-        peers = contest.run(
-            Contest(case.V, case.problem, case.peers(), exact, check, lambda p: None), limits
+        results = contest.run(
+            Contest(case.V, case.problem, case.peers(peers), exact, check, lambda p: None), limits
         )
     return {
         **fields_of(case),
         "threads": threads,
         "gemms": GEMMS[case.head],
-        "peers": peers,
+        "peers": results,
     }
 
 
@@ -107,8 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: more options"
     )
-    options = options_of(parser, arguments, HeadCase, {"centre": CENTRE, "axes": AXES})
-    cases = (run_case(case, options.limits) for case in options.cases)
+    groups = {"centre": CENTRE, "axes": AXES}
+    options = options_of(parser, arguments, HeadCase, groups, tuple(PEERS))
+    cases = (run_case(case, options.peers, options.limits) for case in options.cases)
     return contest.report("head", cases, options.out)
 
 
