@@ -64,7 +64,7 @@ def options_of(
     parser.add_argument("--peers", default=",".join(peers), help="default all: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, help="JSON; default in results/<machine>/")
     parser.add_argument(
-        "--max-seconds", type=float, default=12.0, help="per call; a longer one is extrapolated"
+        "--max-seconds", type=float, default=8.0, help="per call; a longer one is extrapolated"
     )
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="for the timed rounds of a case, 3 to 31"

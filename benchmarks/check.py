@@ -30,9 +30,9 @@ from benchmarks.head_problem import make_problem
 
 RECORDED = pathlib.Path(__file__).with_name("check_ratios.json")
 # Above what other processors and noise change a ratio by, below the 2 of a kernel twice as slow.
-SLACK = 1.6
+SLACK = 1.5
 SECONDS = 1.5  # for the rounds of a cell
-FEWEST = 10  # rounds
+FEWEST = 25  # rounds
 ATTEMPTS = 3
 
 
@@ -92,8 +92,8 @@ CELLS: dict[str, Callable[[], Cell]] = {
     "logits bf16 forward": lambda: logits(torch.bfloat16, (), False),
     "logits bf16 backward in place": lambda: logits(torch.bfloat16, (), True),
     "losses": loss,
-    "hidden fp32 frozen, H 64": lambda: head("fp32", "frozen", 64, 32_000, 64, True),
-    "hidden fp32 trained, H 64": lambda: head("fp32", "trained", 64, 32_000, 64, True),
+    "hidden fp32 frozen, H 8": lambda: head("fp32", "frozen", 64, 32_000, 8, True),
+    "hidden fp32 trained, H 8": lambda: head("fp32", "trained", 64, 32_000, 8, True),
     "hidden fp32 nograd": lambda: head("fp32", "nograd", 128, 8192, 512, False),
     "hidden fp32 frozen": lambda: head("fp32", "frozen", 128, 8192, 512, False),
     "hidden fp32 trained": lambda: head("fp32", "trained", 128, 8192, 512, False),

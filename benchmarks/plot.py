@@ -1,8 +1,8 @@
 """python -m benchmarks.plot FOLDER: PNGs from the JSON of one machine's CPU benchmarks, beside it.
 
-head.png and logits.png: every contestant's time over the floor's. head_axes.png and
-logits_axes.png: time over vocabulary, rows, completion share and threads. memory.png: peak extra
-memory. Needs matplotlib. Nothing is measured here.
+head.png and logits.png: every contestant's time over the floor's; the files in _axes.png: the same
+along vocabulary, rows, completion share and threads. memory.png: peak extra memory. Needs
+matplotlib. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def bars(cases: Cases, path: pathlib.Path, title: str) -> None:
             scaled = "*" if "extrapolated_from_V" in case["peers"][name] else ""
             panel.text(value, y, f" {value:.2f}{scaled}", va="center", fontsize=8)
         panel.axvline(1.0, color="black", linewidth=1)
-        panel.set_xlim(0, 1.18 * max([*values, 1.0]))
+        panel.set_xscale("log")
+        panel.set_xlim(0.5, 1.6 * max([*values, 1.0]))
+        number_ticks(panel.xaxis, 0.5, max([*values, 1.0]))
         panel.invert_yaxis()
         panel.tick_params(labelsize=8)
         milliseconds = 1e3 * case["peers"]["floor"]["median_s"]
@@ -80,43 +82,62 @@ def along(cases: Cases, axis: str, fixed: Mapping[str, Any]) -> Cases:
 
 
 def lines(groups: Iterable[tuple[str, str, Cases]], path: pathlib.Path, title: str) -> None:
-    """A panel per (axis, heading, cases): time over the axis, both logarithmic."""
+    """A panel per (axis, heading, cases): times the floor over the axis, both logarithmic."""
     groups = [group for group in groups if len(group[2]) > 1]
     if not groups:
         print(f"{path.name} is not drawn: no two cases differ along an axis")
         return
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
     figure, panels = pyplot.subplots(
-        1, len(groups), figsize=(4.2 * len(groups), 3.6), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4.4 * columns + 1, 3.4 * rows), squeeze=False, layout="constrained"
     )
-    for panel, (axis, heading, cases) in zip(panels.flat, groups, strict=True):
+    for panel, (axis, heading, cases) in zip(panels.flat, groups, strict=False):
+        highest = 1.0
         for name, (label, colour) in STYLES.items():
-            points = [
-                (case[axis], 1e3 * case["peers"][name]["median_s"])
-                for case in cases
-                if timed(case["peers"].get(name, {}))
-            ]
+            found = [case for case in cases if "times_floor" in case["peers"].get(name, {})]
+            points = [(case[axis], case["peers"][name]["times_floor"]) for case in found]
             if points:
-                style = "--" if name in FLOORS else "-"
-                panel.plot(*zip(*points, strict=True), style, color=colour, label=label,
-                           marker="." if style == "-" else None, linewidth=1.4)  # fmt: skip
+                style = "--" if name in FLOORS else ".-"
+                panel.plot(*zip(*points, strict=True), style, color=colour, label=label)
+                highest = max([highest, *(ratio for _, ratio in points)])
         panel.set_xscale("log")
         panel.set_yscale("log")
-        ticks = [case[axis] for case in cases]
-        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         panel.minorticks_off()
-        panel.set_xlabel(f"{AXES.get(axis, axis)} ({heading})", fontsize=8)
+        ticks = [case[axis] for case in cases]
+        panel.set_xticks(ticks, [f"{t // 1000}k" if t >= 10_000 else str(t) for t in ticks],
+                         fontsize=8, rotation=40)  # fmt: skip
+        number_ticks(panel.yaxis, 0.5, highest)
+        panel.set_xlabel(f"{AXES[axis]} ({heading})", fontsize=8)
         panel.grid(alpha=0.3)
-    panels.flat[0].set_ylabel("median ms")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    for panel in panels.flat[len(groups) :]:
+        panel.set_axis_off()
+    for panel in panels[:, 0]:
+        panel.set_ylabel("times the floor", fontsize=8)
+    handles = {
+        label: handle
+        for panel in panels.flat
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 
+def number_ticks(axis: Any, lowest: float, highest: float) -> None:
+    """1, 2, 5, 10... on a logarithmic axis, as plain numbers."""
+    ticks = [m * 10**e for e in range(-1, 5) for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if lowest <= tick <= 1.6 * highest]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    axis.set_ticks([], minor=True)
+
+
 def memory(cases: Cases, path: pathlib.Path) -> None:
+    heights = [1 + len(case["peers"]) for case in cases]
     figure, panels = pyplot.subplots(
-        len(cases), 1, figsize=(7, 0.5 + 1.1 * len(cases)), layout="constrained", sharex=True
-    )
+        len(cases), 1, figsize=(7, 0.5 + 0.24 * sum(heights)), layout="constrained", sharex=True,
+        height_ratios=heights,
+    )  # fmt: skip
     for panel, case in zip(panels, cases, strict=True):
         found = {n: r["extra_bytes"] / 1e6 for n, r in case["peers"].items() if "extra_bytes" in r}
         panel.barh([STYLES[n][0] for n in found], list(found.values()),

@@ -82,22 +82,24 @@ def head_table(path: pathlib.Path) -> str:
     cases = {case["name"]: case for case in content["cases"] if "name" in case}
     found = [cases[case.name] for case in CENTRE if case.name in cases]
     memory_path = path.with_name("memory.json")
+    names = [peer for peer in PEERS if any(peer in case["peers"] for case in found)]
     body = [
         [f"{DTYPES[case['dtype']]}, {HEADS[case['head']]}"]
-        + [duration(case["peers"].get(peer, {})) for peer in PEERS]
+        + [duration(case["peers"].get(peer, {})) for peer in names]
         for case in found
     ]
-    scaled = any("\\*" in cell for line in body for cell in line)
+    cells = [cell for line in body for cell in line]
+    scaled = any("\\*" in cell for cell in cells)
     text = [
         "512 positions, 256 of them completion, H = 896, V = 151,936 (Qwen2.5-0.5B's), with the "
         f"metrics TRL logs. {machine(env)}. Medians in seconds.",
         "",
-        *rows(["", *PEERS.values()], body),
+        *rows(["", *(PEERS[name] for name in names)], body),
         "",
         "TRL and Liger score all positions; eager (`log_softmax` of the logits), torch.compile of "
         "it and torch's chunked `linear_cross_entropy` the completion rows only, without metrics. "
-        "Bare GEMMs are the matrix products alone, into buffers that exist. -: it does not run "
-        "here, or is wrong; the JSON has the reason."
+        "Bare GEMMs are the matrix products alone, into buffers that exist."
+        + (" -: it does not run here; the JSON says why." if "-" in cells else "")
         + (" \\*: measured on a part of the vocabulary and scaled up." if scaled else ""),
     ]
     if memory_path.exists():
