@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from fusedpo import reference
 from torch import Tensor
 
-from benchmarks import common, device, targets
+from benchmarks import common, device, judge, targets_gpu
 
 BETA, EPS, TAU = 0.1, 0.1, 0.05
 LISTS: dict[str, tuple[list[str], list[float]]] = {
@@ -182,7 +182,7 @@ def run_list(name: str, options: argparse.Namespace, place: torch.device) -> dic
         compiled = torch.compile(plain, fullgraph=True, dynamic=False)
         contestants["compile"] = lambda: compiled(b, names, weights)[0]
     calls = {
-        peer: device.Call(many(loss, leaves, options.calls)) for peer, loss in contestants.items()
+        peer: common.Call(many(loss, leaves, options.calls)) for peer, loss in contestants.items()
     }
     times = device.interleave(calls, options.rounds, place)
     microseconds = {peer: 1e6 * values["min_s"] / options.calls for peer, values in times.items()}
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         content["lists"][name] = run_list(name, options, place)
         common.write(path, content)
     if options.on_gpu:
-        targets.show(targets.rows({"losses": content}))
+        judge.show(judge.rows(targets_gpu.TARGETS, {"losses": content}))
     return 0
 
 

@@ -165,11 +165,12 @@ def runs_with(**changes):
 @pytest.mark.parametrize("peer", ["liger_ce", "liger_dpo"])
 def test_scalar_losses_are_verified_by_value_and_gradient(peer):
     # Liger's losses need a GPU or Triton; the same losses in plain torch stand in for them.
-    from benchmarks import head_cuda_peers as peers
-    from benchmarks.head_peers import exact
+    from benchmarks import head_cuda_peers
+    from benchmarks import head_scalar_peers as peers
+    from benchmarks.head_problem import exact
 
-    shape = peers.REHEARSAL["llama-3-8b"]
-    p = peers.make_problem(shape, "bf16", "frozen", torch.device("cpu"), 128)
+    shape = head_cuda_peers.REHEARSAL["llama-3-8b"]
+    p = head_cuda_peers.make_problem(shape, "bf16", "frozen", torch.device("cpu"), 128)
     truth = exact(p)
     logits = p.hidden.float() @ p.weight.float().T
     labels = p.labels.clamp(min=0).unsqueeze(-1)
@@ -183,24 +184,25 @@ def test_scalar_losses_are_verified_by_value_and_gradient(peer):
         ).mean()
     (gradient,) = torch.autograd.grad(loss, p.hidden)
     right = peers.ScalarAnswer(loss.detach(), gradient, None)
-    assert peers.verify_scalar(peer, p, right, truth)["ok"]
+    assert peers.verify(peer, p, right, truth)["ok"]
     for wrong in (right._replace(loss=loss * 1.5), right._replace(grad_hidden=-gradient)):
-        assert not peers.verify_scalar(peer, p, wrong, truth)["ok"]
+        assert not peers.verify(peer, p, wrong, truth)["ok"]
 
 
 @pytest.mark.usefixtures("_project")
 def test_targets_are_met_or_missed_by_their_figures(capsys):
-    from benchmarks import targets
+    from benchmarks import judge
+    from benchmarks.targets_gpu import TARGETS
 
-    found = targets.rows(runs_with())
+    found = judge.rows(TARGETS, runs_with())
     assert all(row["met"] for row in found)
     assert found[2]["floor_measured_ms"] == pytest.approx(20.0)
-    targets.show(found)
-    assert "target <= 24 ms (floor 21.8 ms, 20.000 ms on this card)" in capsys.readouterr().out
-    slow = targets.rows(runs_with(frozen=25e-3, forward=8e-4))
+    judge.show(found)
+    assert "target <= 24 ms (floor 21.8 ms, 20.000 ms here)" in capsys.readouterr().out
+    slow = judge.rows(TARGETS, runs_with(frozen=25e-3, forward=8e-4))
     missed = [row["target"] for row in slow if not row["met"]]
     assert missed == ["<= 0.70 ms", "<= 24 ms", ">= 1.35 x faster"]
-    nothing = targets.rows({})
+    nothing = judge.rows(TARGETS, {})
     assert len(nothing) == 11
     assert all(row["measured"] is None and row["met"] is None for row in nothing)
 
