@@ -22,6 +22,7 @@ from fusedpo._precompute import tables
 from fusedpo._precompute.data import load_data
 from fusedpo._precompute.records import Record, keys_of
 from fusedpo._precompute.reference import load_processing_class
+from fusedpo._precompute.run import require_packages
 
 from .run_facts import find_beta
 from .runs import Run
@@ -130,6 +131,8 @@ def score_pairs(
     Raises:
         ValueError, FileNotFoundError, ImportError, fusedpo.StoreError: as `fusedpo.precompute`.
     """
+    adapter = (pathlib.Path(policy) / _ADAPTER).is_file()
+    require_packages(peft=adapter)
     lengths: dict[str, Any] = {"max_length": max_length, "truncation_mode": truncation_mode}
     dataset = load_data(data, split)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
@@ -138,7 +141,6 @@ def score_pairs(
         )
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    adapter = (pathlib.Path(policy) / _ADAPTER).is_file()
     stored = (pathlib.Path(reference) / _STORE).is_file()
     base = str(_model_of(reference) if stored and adapter else reference)
     model = base if adapter else str(policy)
