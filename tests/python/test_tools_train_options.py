@@ -62,6 +62,7 @@ def with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.integrations
 
     real = requirements.find_spec
+    monkeypatch.setattr(requirements, "has_accelerator", lambda: True)
     monkeypatch.setattr(
         requirements, "find_spec", lambda name: name == "bitsandbytes" or real(name)
     )
@@ -203,6 +204,13 @@ def test_unsloth_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="provider 'unsloth' needs a GPU"):
         resolve({**BASE, "provider": "unsloth"})
+
+
+def test_four_bits_without_an_accelerator_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_bitsandbytes(monkeypatch)
+    monkeypatch.setattr(requirements, "has_accelerator", lambda: False)
+    with pytest.raises(RuntimeError, match="use_4bit needs an accelerator, and torch sees none"):
+        resolve({**BASE, "use_4bit": True, "lora_r": 4})
 
 
 def test_four_bits_on_a_device_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

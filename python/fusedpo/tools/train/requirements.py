@@ -19,6 +19,11 @@ def require_packages() -> None:
         )
 
 
+def has_accelerator() -> bool:
+    """Whether torch sees a GPU or another accelerator."""
+    return torch.accelerator.is_available()
+
+
 def require_provider(provider: str, model_args: Any) -> None:
     """Check that quantised weights, and unsloth, can be had here.
 
@@ -30,6 +35,11 @@ def require_provider(provider: str, model_args: Any) -> None:
         if find_spec("bitsandbytes") is None:
             raise ImportError(
                 "use_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
+            )
+        if not has_accelerator():
+            raise RuntimeError(
+                "use_4bit needs an accelerator, and torch sees none: on a CPU bitsandbytes takes "
+                "few shapes of weights, and torch does not vouch for its gradients."
             )
         from transformers.integrations import validate_bnb_backend_availability
 
