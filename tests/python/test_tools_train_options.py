@@ -13,8 +13,7 @@ import pytest
 
 pytest.importorskip("trl", reason="fusedpo.tools.train needs TRL")
 
-from fusedpo.tools.train import Resolved, resolve
-from fusedpo.tools.train import resolving as resolve_module
+from fusedpo.tools.train import Resolved, requirements, resolve
 from fusedpo.tools.train.options import ALIASES, read_config
 from fusedpo.tools.train.strategies import strategies
 from tools_train_helpers import tiny_config  # noqa: F401
@@ -62,9 +61,10 @@ def with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that has it; what it would do there is not part of these tests."""
     import transformers.integrations
 
-    real = resolve_module.find_spec
+    real = requirements.find_spec
+    monkeypatch.setattr(requirements, "has_accelerator", lambda: True)
     monkeypatch.setattr(
-        resolve_module, "find_spec", lambda name: name == "bitsandbytes" or real(name)
+        requirements, "find_spec", lambda name: name == "bitsandbytes" or real(name)
     )
     monkeypatch.setattr(
         transformers.integrations, "validate_bnb_backend_availability", lambda **_: True
@@ -186,7 +186,7 @@ def test_a_missing_library_is_an_error_and_nothing_is_written(
     from fusedpo.tools.train import train
 
     monkeypatch.setattr(
-        resolve_module,
+        requirements,
         "find_spec",
         lambda name: None if name in ("bitsandbytes", "unsloth") else types,
     )
@@ -199,11 +199,18 @@ def test_a_missing_library_is_an_error_and_nothing_is_written(
 def test_unsloth_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(resolve_module, "find_spec", lambda name: types)
+    monkeypatch.setattr(requirements, "find_spec", lambda name: types)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="provider 'unsloth' needs a GPU"):
         resolve({**BASE, "provider": "unsloth"})
+
+
+def test_four_bits_without_an_accelerator_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_bitsandbytes(monkeypatch)
+    monkeypatch.setattr(requirements, "has_accelerator", lambda: False)
+    with pytest.raises(RuntimeError, match="use_4bit needs an accelerator, and torch sees none"):
+        resolve({**BASE, "use_4bit": True, "lora_r": 4})
 
 
 def test_four_bits_on_a_device_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 
 from fusedpo.tools.sweep.report import SweepReport, SweepRun
 from fusedpo.tools.train.options import read_config
+from fusedpo.tools.train.plan import Config, Plan, plan_stages
 from fusedpo.tools.train.report import FILE
-from fusedpo.tools.train.resolving import require_packages
-from fusedpo.tools.train.run import Config, Plan, plan_stages, run_plan
+from fusedpo.tools.train.requirements import require_packages
+from fusedpo.tools.train.run import run_plan
 from fusedpo.tools.train.strategies import find
 
 # Options of the reference, which losses without one have no use for.

@@ -10,13 +10,13 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from fusedpo import loss_types
 from fusedpo.tools.train.options import Options, Settings, read_config, sort_out
+from fusedpo.tools.train.requirements import require_packages, require_provider
 from fusedpo.tools.train.strategies import TRAINERS, Strategy, find
 
 
@@ -113,7 +113,7 @@ def resolve(
             raise ValueError(f"the configuration must name the {spelt.split('_')[0]}: {spelt}.")
     _check_loss_options(options)
     model_args = _model_args(options, ModelConfig)
-    _require_provider(options.settings.provider, model_args)
+    require_provider(options.settings.provider, model_args)
     arguments, notes = _arguments(options, config_class)
     from trl import get_peft_config, get_quantization_config
 
@@ -136,17 +136,6 @@ def resolve(
         changed=tuple(arguments),
         notes=(*options.notes, *notes),
     )
-
-
-def require_packages() -> None:
-    """Raise ImportError with the remedy where an extra of fusedpo is not installed."""
-    needed = ("trl", "transformers", "datasets", "accelerate", "peft", "yaml", "rich")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"training from a configuration needs {', '.join(missing)}, which is not installed: "
-            'pip install "fusedpo[tools]"'
-        )
 
 
 def _config_class(trainer: str) -> Any:
@@ -202,30 +191,6 @@ def _model_args(options: Options, model_config: Any) -> Any:
             "quantised weights cannot be trained themselves: use_4bit needs LoRA. Give lora_r."
         )
     return model_args
-
-
-def _require_provider(provider: str, model_args: Any) -> None:
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        if find_spec("bitsandbytes") is None:
-            raise ImportError(
-                "use_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes"
-            )
-        from transformers.integrations import validate_bnb_backend_availability
-
-        try:
-            validate_bnb_backend_availability(raise_exception=True)
-        except Exception as error:
-            raise RuntimeError(f"use_4bit: bitsandbytes cannot run here: {error}") from error
-    if provider == "unsloth":
-        if find_spec("unsloth") is None:
-            raise ImportError(
-                "provider 'unsloth' needs unsloth, which is not installed: pip install unsloth. "
-                "Or use provider 'huggingface'."
-            )
-        if not torch.cuda.is_available() and not torch.xpu.is_available():
-            raise RuntimeError(
-                "provider 'unsloth' needs a GPU, and torch sees none. Use provider 'huggingface'."
-            )
 
 
 def _arguments(options: Options, config_class: Any) -> tuple[dict[str, Any], list[str]]:
