@@ -14,7 +14,7 @@
 // Rows arrive in segments (a slice of a row in memory, or one GEMM tile's columns), each swept
 // once. The anchor is what the caller set stats.max to, which must be a logit of the row: the
 // label's is a good guess, it usually is the largest or near. Without a guess the anchor is the
-// largest of the first values. It moves up to the largest logit so far when that lies more than 8
+// largest of the first values. It moves up to the largest logit so far when that lies more than 2
 // nats above; what was summed before is rescaled. settle() (row_stats.h) brings the finished sums
 // to the row's maximum in fp64. Terms are formed in the compute type, summed eight by eight in it
 // and then in fp64, in the same order whatever is asked for: asking for a metric or a gradient
