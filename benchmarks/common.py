@@ -13,8 +13,8 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -90,21 +90,46 @@ def device_name(env: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[int]:
+    """Gives the number of threads torch has inside: `count`, or as many as before if it is 0."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+class Call(NamedTuple):
+    """What is timed, and what has to be put right before it, untimed."""
+
+    run: Callable[[], Any]
+    before: Callable[[], Any] | None = None
+
+
+def seconds_of(call: Call) -> float:
+    if call.before is not None:
+        call.before()
     start = time.perf_counter()
-    call()
+    call.run()
     return time.perf_counter() - start
 
 
-def interleave(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Times every call once per round, after one untimed round, so that drift hits all alike."""
+def interleave(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call, once per round, so that drift hits all alike. The caller has run each
+    once before."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(seconds_of(call))
-    return {name: summary(values) for name, values in times.items()}
+    return times
+
+
+def why(error: BaseException) -> str:
+    """One line about an error, for the record of a peer that cannot run here."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -120,6 +145,18 @@ def write(path: pathlib.Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
+
+
+def excuse(result: Mapping[str, Any]) -> str:
+    """Why a result has no time."""
+    if "not_run" in result:
+        return f"not run: {result['not_run']}"
+    return f"WRONG, not timed: {errors_of(result)}"
+
+
+def errors_of(result: Mapping[str, Any]) -> str:
+    errors = result.get("verified", {}).get("errors", {})
+    return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
 class PeakMemory:

@@ -9,25 +9,19 @@ import gc
 import statistics
 import subprocess
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import common
+from benchmarks.common import Call
 
 NOMINAL_BANDWIDTH = 4.3e12  # bytes/s of an H200, what docs and targets divide bytes by
 FLUSH_BYTES = (
     1 << 30
 )  # written before each timed call: many times any L2, and 0.25 ms of head start
 _SMI = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu"
-
-
-class Call(NamedTuple):
-    """What is timed, and what has to be put right before it, untimed."""
-
-    run: Callable[[], Any]
-    before: Callable[[], Any] | None = None
 
 
 def synchronize(device: torch.device) -> None:
@@ -91,10 +85,10 @@ def _flusher(device: torch.device) -> Callable[[], Any] | None:
 
 
 def _seconds(call: Call, flush: Callable[[], Any] | None, device: torch.device) -> float:
+    if flush is None:
+        return common.seconds_of(call)
     if call.before is not None:
         call.before()
-    if flush is None:
-        return common.seconds_of(call.run)
     synchronize(device)
     flush()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -140,23 +134,6 @@ def extra_bytes(call: Call, device: torch.device) -> dict[str, int]:
         if t is not None
     )
     return {"extra_bytes": extra, "of_which_gradients": gradients}
-
-
-# ---- peers that cannot run ----------------------------------------------------------------------
-
-
-def why(error: BaseException) -> str:
-    """One line about an error, for the record of a peer that cannot run here."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
-
-
-def excuse(result: dict[str, Any]) -> str:
-    """What a table says of a peer without a time."""
-    if "not_run" in result:
-        return f"not run: {result['not_run']}"
-    errors = ", ".join(f"{k} {v:.1e}" for k, v in result["verified"]["errors"].items())
-    return f"WRONG, not timed: {errors}"
 
 
 # ---- floors and launches ------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, device, head_cuda_peers, targets
-from benchmarks.head_cuda_peers import PEERS, SCALAR, SHAPES, Shape, verify_scalar
-from benchmarks.head_peers import Problem, exact, verify
+from benchmarks import common, device, head_cuda_peers, head_scalar_peers, targets
+from benchmarks.head_cuda_peers import PEERS, SHAPES, Shape
+from benchmarks.head_problem import Problem, exact, verify
 
 GEMMS = {"nograd": 1, "frozen": 2, "trained": 3}
 # In the order of value: first what the targets name.
@@ -49,19 +49,19 @@ def prepare(peer: str, p: Problem, truth: Any, place: torch.device) -> dict[str,
         run = PEERS[peer](p)
         answer = run()
         result: dict[str, Any] = {}
-        if peer in SCALAR:
-            result["verified"] = verify_scalar(peer, p, answer, truth)
+        if peer in head_scalar_peers.PEERS:
+            result["verified"] = head_scalar_peers.verify(peer, p, answer, truth)
         elif peer != "floor":
             result["verified"] = verify(p, answer, truth)
         del answer
         if result.get("verified", {"ok": True})["ok"]:
-            result["memory"] = device.extra_bytes(device.Call(run), place)
+            result["memory"] = device.extra_bytes(common.Call(run), place)
             result["call"] = run
         return result
     except Exception as error:  # a peer that cannot run is a finding, not a failure of ours
         if peer in ("ours", "floor"):
             raise
-        return {"not_run": device.why(error)}
+        return {"not_run": common.why(error)}
 
 
 def run_case(
@@ -76,7 +76,7 @@ def run_case(
         results[peer] = prepare(peer, p, truth, place)
     del truth
     gc.collect()
-    calls = {n: device.Call(r.pop("call")) for n, r in results.items() if "call" in r}
+    calls = {n: common.Call(r.pop("call")) for n, r in results.items() if "call" in r}
     before = device.clocks(place)
     for peer, times in device.interleave(calls, rounds, place).items():
         results[peer].update(times)
@@ -103,10 +103,9 @@ def print_case(case: dict[str, Any]) -> None:
     print(f"{'':10}{'median ms':>11}{'q1':>9}{'q3':>9}{'x floor':>9}{'extra MB':>10}  remarks")
     for peer, result in case["peers"].items():
         if "median_s" not in result:
-            print(f"{peer:10}{'-':>11}{'':37}  {device.excuse(result)}")
+            print(f"{peer:10}{'-':>11}{'':37}  {common.excuse(result)}")
             continue
-        errors = result.get("verified", {"errors": {}})["errors"]
-        remark = ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
+        remark = common.errors_of(result)
         quarters = [result.get(f"quartile_{i}_s", result["median_s"]) for i in (1, 3)]
         times = "".join(f"{1e3 * t:9.3f}" for t in quarters)
         ratio = f"{result['times_floor']:9.3f}" if "times_floor" in result else f"{'-':>9}"

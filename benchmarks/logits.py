@@ -199,11 +199,11 @@ def run_pass(
 ) -> dict[str, Any]:
     backward, moves, contestants = PASSES[name]
     results: dict[str, dict[str, Any]] = {}
-    calls: dict[str, device.Call] = {}
+    calls: dict[str, common.Call] = {}
     for peer in (n for n in contestants if n in peers):
         function = contestants[peer]
         # An in-place backward has overwritten the logits; copying them back is not timed.
-        call = device.Call(
+        call = common.Call(
             lambda f=function: f(p, backward),
             (lambda: p.logits.copy_(p.original)) if backward else None,
         )
@@ -216,7 +216,7 @@ def run_pass(
         except Exception as error:  # a finding about the peer
             if peer == "ours":
                 raise
-            results[peer] = {"not_run": device.why(error)}
+            results[peer] = {"not_run": common.why(error)}
     for peer, times in device.interleave(calls, rounds, place).items():
         results[peer].update(times)
     size = device.bytes_of(p.original)
@@ -241,13 +241,13 @@ def print_pass(name: str, found: dict[str, Any]) -> None:
     print(f"{'':12}{'median ms':>11}{'min':>9}{'max':>9}{'TB/s':>7}{'x floor':>9}{'extra MB':>10}")
     for peer, result in found["peers"].items():
         if "median_s" not in result:
-            print(f"{peer:12}  {device.excuse(result)}")
+            print(f"{peer:12}  {common.excuse(result)}")
             continue
         times = "".join(f"{1e3 * result[f]:{w}.3f}" for f, w in
                         (("median_s", 11), ("min_s", 9), ("max_s", 9)))  # fmt: skip
         rate = f"{result['bytes_per_s'] / 1e12:7.2f}{result['times_floor']:9.2f}"
-        errors = ", ".join(f"{k} {v:.0e}" for k, v in result["verified"]["errors"].items())
-        print(f"{peer:12}{times}{rate}{result['memory']['extra_bytes'] / 1e6:10.0f}  {errors}")
+        extra = f"{result['memory']['extra_bytes'] / 1e6:10.0f}"
+        print(f"{peer:12}{times}{rate}{extra}  {common.errors_of(result)}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

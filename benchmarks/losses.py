@@ -182,7 +182,7 @@ def run_list(name: str, options: argparse.Namespace, place: torch.device) -> dic
         compiled = torch.compile(plain, fullgraph=True, dynamic=False)
         contestants["compile"] = lambda: compiled(b, names, weights)[0]
     calls = {
-        peer: device.Call(many(loss, leaves, options.calls)) for peer, loss in contestants.items()
+        peer: common.Call(many(loss, leaves, options.calls)) for peer, loss in contestants.items()
     }
     times = device.interleave(calls, options.rounds, place)
     microseconds = {peer: 1e6 * values["min_s"] / options.calls for peer, values in times.items()}

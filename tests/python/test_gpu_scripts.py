@@ -165,11 +165,12 @@ def runs_with(**changes):
 @pytest.mark.parametrize("peer", ["liger_ce", "liger_dpo"])
 def test_scalar_losses_are_verified_by_value_and_gradient(peer):
     # Liger's losses need a GPU or Triton; the same losses in plain torch stand in for them.
-    from benchmarks import head_cuda_peers as peers
-    from benchmarks.head_peers import exact
+    from benchmarks import head_cuda_peers
+    from benchmarks import head_scalar_peers as peers
+    from benchmarks.head_problem import exact
 
-    shape = peers.REHEARSAL["llama-3-8b"]
-    p = peers.make_problem(shape, "bf16", "frozen", torch.device("cpu"), 128)
+    shape = head_cuda_peers.REHEARSAL["llama-3-8b"]
+    p = head_cuda_peers.make_problem(shape, "bf16", "frozen", torch.device("cpu"), 128)
     truth = exact(p)
     logits = p.hidden.float() @ p.weight.float().T
     labels = p.labels.clamp(min=0).unsqueeze(-1)
@@ -183,9 +184,9 @@ def test_scalar_losses_are_verified_by_value_and_gradient(peer):
         ).mean()
     (gradient,) = torch.autograd.grad(loss, p.hidden)
     right = peers.ScalarAnswer(loss.detach(), gradient, None)
-    assert peers.verify_scalar(peer, p, right, truth)["ok"]
+    assert peers.verify(peer, p, right, truth)["ok"]
     for wrong in (right._replace(loss=loss * 1.5), right._replace(grad_hidden=-gradient)):
-        assert not peers.verify_scalar(peer, p, wrong, truth)["ok"]
+        assert not peers.verify(peer, p, wrong, truth)["ok"]
 
 
 @pytest.mark.usefixtures("_project")
