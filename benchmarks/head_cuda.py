@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common, device, head_cuda_peers, head_scalar_peers, targets
+from benchmarks import common, device, head_cuda_peers, head_scalar_peers, judge, targets_gpu
 from benchmarks.head_cuda_peers import PEERS, SHAPES, Shape
 from benchmarks.head_problem import Problem, exact, verify
 
@@ -171,5 +171,5 @@ def main(arguments: list[str] | None = None) -> int:
         correct = correct and result["peers"].get("ours", {}).get("verified", {"ok": True})["ok"]
     if content["not_reached"]:
         print("\nnot reached:", ", ".join(content["not_reached"]))
-    targets.show(targets.rows({"head": content}))
+    judge.show(judge.rows(targets_gpu.TARGETS, {"head": content}))
     return 0 if correct else 1

@@ -12,20 +12,26 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import fusedpo
 import torch
-from fusedpo import reference
 from fusedpo.reference import METRICS
-from torch import Tensor
 
-from benchmarks import common, device, targets
+from benchmarks import common, device, judge, targets_gpu
+from benchmarks.logits_peers import (
+    Peer,
+    Problem,
+    compiled,
+    make_problem,
+    ours,
+    outputs_of,
+    plain,
+    trl_triton,
+    verify,
+)
 
 ROWS, VOCABULARY = 8192, 151_936
 REHEARSAL = (48, 1000)
-SAMPLE = 64  # rows that are verified
 # Root mean square in nats; relative for the gradient, which is rounded to bf16. The plain
 # expression rounds log_softmax of bf16 logits, and its sums, to bf16.
 TOLERANCES = {
@@ -35,130 +41,16 @@ TOLERANCES = {
     "compile": {"outputs": 0.5, "is_top1": 0.05, "gradient": 3e-2},
 }
 
-
-class Problem(NamedTuple):
-    original: Tensor  # [N, V], never written
-    logits: Tensor  # [N, V], what calls read; an in-place backward writes over it
-    labels: Tensor  # [N]
-    upstream: Tensor  # [N]
-
-
-class _Computed(torch.autograd.Function):
-    """Hands out existing memory as logits that were computed, like a model's: no leaf, no copy."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, memory: list[Tensor]) -> Tensor:
-        return memory[0].detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def computed(p: Problem) -> Tensor:
-    leaf = torch.zeros((), device=p.logits.device, dtype=p.logits.dtype, requires_grad=True)
-    logits: Tensor = _Computed.apply(leaf, [p.logits])
-    return logits
-
-
-def make_problem(rows: int, vocabulary: int, place: torch.device) -> Problem:
-    """A bulk with a spread of 2.5 nats and a favourite at 20, which takes nearly all probability;
-    half the labels are on it."""
-    g = torch.Generator(place).manual_seed(0)
-    logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device=place)
-    logits.normal_(0, 2.5, generator=g)
-    favourite = torch.randint(vocabulary, (rows,), generator=g, device=place)
-    logits.scatter_(1, favourite.unsqueeze(1), 20.0)
-    other = torch.randint(vocabulary, (rows,), generator=g, device=place)
-    labels = torch.where(torch.rand(rows, generator=g, device=place) < 0.5, favourite, other)
-    upstream = torch.randn(rows, generator=g, device=place) / rows
-    return Problem(logits, logits.clone(), labels, upstream)
-
-
-# ---- peers: a problem and whether to go backward -> (outputs by name, gradient or None) ---------
-
-Answer = tuple[dict[str, Tensor], Tensor | None]
-
-
-def _finish(
-    p: Problem, outputs: dict[str, Tensor | None], logits: Tensor, backward: bool
-) -> Answer:
-    logps = outputs["logps"]
-    assert logps is not None
-    gradient = None
-    if backward:
-        (gradient,) = torch.autograd.grad(logps, logits, p.upstream.to(logps.dtype))
-    return {name: v.detach() for name, v in outputs.items() if v is not None}, gradient
-
-
-def ours(metrics: tuple[str, ...], inplace: bool = False) -> Callable[[Problem, bool], Answer]:
-    def call(p: Problem, backward: bool) -> Answer:
-        logits = computed(p) if backward else p.logits
-        out = fusedpo.token_logps(
-            logits, p.labels, metrics=metrics, inplace_backward=inplace and backward
-        )
-        return _finish(p, out._asdict(), logits, backward)
-
-    return call
-
-
-def trl_triton(p: Problem, backward: bool) -> Answer:
-    from trl.kernels import selective_log_softmax_and_entropy
-
-    logits = computed(p) if backward else p.logits
-    logps, entropy = selective_log_softmax_and_entropy(logits, p.labels)
-    return _finish(p, {"logps": logps, "entropy": entropy.detach()}, logits, backward)
-
-
-def _plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    log_p = logits.log_softmax(-1)
-    logps = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():  # metrics carry no gradient in a DPO step
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(-1, dtype=torch.float32)
-        sums = (2 * log_p.float()).logsumexp(-1)
-        means = logits.mean(-1, dtype=torch.float32)
-        is_top1 = logits.argmax(-1) == labels
-    return logps, entropy, sums, means, is_top1
-
-
-_FIELDS = ("logps", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-def eager(p: Problem, backward: bool) -> Answer:
-    logits = computed(p) if backward else p.logits
-    outputs = dict(zip(_FIELDS, _plain(logits, p.labels), strict=True))
-    return _finish(p, outputs, logits, backward)
-
-
-def compiled() -> Callable[[Problem, bool], Answer]:
-    function = torch.compile(_plain, fullgraph=True, dynamic=False)
-
-    def call(p: Problem, backward: bool) -> Answer:
-        logits = computed(p) if backward else p.logits
-        outputs = dict(zip(_FIELDS, function(logits, p.labels), strict=True))
-        return _finish(p, outputs, logits, backward)
-
-    return call
-
-
 # pass -> (goes backward, reads and writes of the logits, peers)
-PASSES: dict[str, tuple[bool, int, dict[str, Callable[[Problem, bool], Answer]]]] = {
-    "forward, all outputs": (
-        False,
-        1,
-        {"ours": ours(METRICS), "trl_triton": trl_triton, "eager": eager, "compile": compiled()},
-    ),
-    "forward + backward in place": (
-        True,
-        3,
-        {
-            "ours": ours(METRICS, inplace=True),
-            "trl_triton": trl_triton,
-            "eager": eager,
-            "compile": compiled(),
-        },
-    ),
+ALL: dict[str, Peer] = {
+    "ours": ours(METRICS),
+    "trl_triton": trl_triton,
+    "eager": plain(outputs_of),
+    "compile": compiled(outputs_of),
+}
+PASSES: dict[str, tuple[bool, int, dict[str, Peer]]] = {
+    "forward, all outputs": (False, 1, ALL),
+    "forward + backward in place": (True, 3, ALL | {"ours": ours(METRICS, inplace=True)}),
     "forward + backward": (True, 3, {"ours": ours(METRICS), "trl_triton": trl_triton}),
     "forward, logps and entropy": (
         False,
@@ -166,27 +58,6 @@ PASSES: dict[str, tuple[bool, int, dict[str, Callable[[Problem, bool], Answer]]]
         {"ours": ours(("entropy",)), "trl_triton": trl_triton},
     ),
 }
-
-
-def verify(peer: str, p: Problem, answer: Answer) -> dict[str, Any]:
-    limits = TOLERANCES[peer]
-    outputs, gradient = answer
-    rows = torch.arange(0, len(p.labels), max(1, len(p.labels) // SAMPLE), device=p.labels.device)
-    x = p.original[rows].double().requires_grad_()
-    exact = reference.token_logps(x, p.labels[rows], metrics=METRICS)._asdict()
-    errors: dict[str, float] = {}
-    for name, value in outputs.items():
-        mine, his = value[rows], exact[name].detach()
-        if name == "is_top1":
-            errors[name] = (mine != his).double().mean().item()
-        else:
-            errors[name] = (mine.double() - his).square().mean().sqrt().item()
-    ok = all(e <= limits["is_top1" if n == "is_top1" else "outputs"] for n, e in errors.items())
-    if gradient is not None:
-        (want,) = torch.autograd.grad(exact["logps"], x, p.upstream[rows].double())
-        errors["gradient"] = ((gradient[rows].double() - want).norm() / want.norm()).item()
-        ok = ok and errors["gradient"] <= limits["gradient"]
-    return {"ok": ok, "errors": errors, "tolerances": limits}
 
 
 def run_pass(
@@ -205,11 +76,11 @@ def run_pass(
         # An in-place backward has overwritten the logits; copying them back is not timed.
         call = common.Call(
             lambda f=function: f(p, backward),
-            (lambda: p.logits.copy_(p.original)) if backward else None,
+            p.restore if backward else None,
         )
         try:
-            p.logits.copy_(p.original)
-            results[peer] = {"verified": verify(peer, p, call.run())}
+            p.restore()
+            results[peer] = {"verified": verify(p, call.run(), TOLERANCES[peer])}
             if results[peer]["verified"]["ok"]:
                 results[peer]["memory"] = device.extra_bytes(call, place)
                 calls[peer] = call
@@ -280,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = (
         options.out or common.RESULTS / common.device_name(content["environment"]) / "logits.json"
     )
-    p = make_problem(*size, place)
+    p = make_problem(*size, torch.bfloat16, place)
     correct = True
     for name in PASSES:
         found = run_pass(name, p, options.peers, options.rounds, place, rates)
@@ -290,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         correct = correct and found["peers"]["ours"]["verified"]["ok"]
     content["clocks_after"] = device.clocks(place)
     common.write(path, content)
-    targets.show(targets.rows({"logits": content}))
+    judge.show(judge.rows(targets_gpu.TARGETS, {"logits": content}))
     return 0 if correct else 1
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from fusedpo import reference
 from torch import Tensor
 
-from benchmarks import common, device, targets
+from benchmarks import common, device, judge, targets_gpu
 
 BETA, EPS, TAU = 0.1, 0.1, 0.05
 LISTS: dict[str, tuple[list[str], list[float]]] = {
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         content["lists"][name] = run_list(name, options, place)
         common.write(path, content)
     if options.on_gpu:
-        targets.show(targets.rows({"losses": content}))
+        judge.show(judge.rows(targets_gpu.TARGETS, {"losses": content}))
     return 0
 
 
