@@ -53,16 +53,18 @@ def options_of(
     arguments: Sequence[str] | None,
     kind: type[C],
     groups: Mapping[str, Sequence[C]],
+    peers: Sequence[str],
 ) -> argparse.Namespace:
-    """Parses `arguments`; `.cases` is a list of `kind`, `.limits` the Limits."""
+    """Parses `arguments`; `.cases` is a list of `kind`, `.limits` the Limits, `.peers` a list."""
     parser.add_argument(
         "--cases",
         default=",".join(groups),
         help=f"names of cases, or of groups of them: {', '.join(groups)}; default all",
     )
+    parser.add_argument("--peers", default=",".join(peers), help="default all: %(default)s")
     parser.add_argument("--out", type=pathlib.Path, help="JSON; default in results/<machine>/")
     parser.add_argument(
-        "--max-seconds", type=float, default=12.0, help="per call; a longer one is extrapolated"
+        "--max-seconds", type=float, default=8.0, help="per call; a longer one is extrapolated"
     )
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="for the timed rounds of a case, 3 to 31"
@@ -75,6 +77,9 @@ def options_of(
             chosen += groups.get(name) or [kind.parse(name)]
         except ValueError as error:
             parser.error(str(error))
+    options.peers = options.peers.split(",")
+    if unknown := sorted(set(options.peers) - set(peers)):
+        parser.error(f"--peers must be of {', '.join(peers)}; got {', '.join(unknown)}")
     options.cases = list(dict.fromkeys(chosen))
     options.limits = Limits(options.max_seconds, options.seconds, (3, 31))
     if options.quick:

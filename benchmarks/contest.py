@@ -8,15 +8,18 @@ scaled up and marked `extrapolated_from_V`.
 from __future__ import annotations
 
 import gc
+import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
+from unittest import mock
 
 from benchmarks import common
 from benchmarks.common import Call
 
-PROBE = 64  # the share of the vocabulary on which a contestant's time is predicted
+HALVINGS = 6  # of the vocabulary, down to the slice on which a contestant's time is predicted
 NEVER_ABSENT = ("ours", "floor")  # their failure is ours, not a finding
 # What takes as long as another contestant and would be compiled for every slice that is tried.
 PREDICTED_BY = {"compile": "eager", "compile_all": "trl"}
@@ -55,9 +58,9 @@ def run(contest: Contest[P], limits: Limits) -> dict[str, dict[str, Any]]:
             results[peer] = absent(peer, error)
     for size in sorted(set(slices.values())):
         time_slice(contest, size, [p for p in slices if slices[p] == size], results, limits)
-    floor = results["floor"]["median_s"]
+    floor = results.get("floor", {}).get("median_s")
     for result in results.values():
-        if "median_s" in result:
+        if timed(result) and floor:
             result["times_floor"] = result["median_s"] / floor
     return {peer: results[peer] for peer in contest.peers}
 
@@ -76,17 +79,17 @@ def affordable(
     like = results.get(PREDICTED_BY.get(peer, ""), {})
     if "predicted_s" in like:
         return like.get("extrapolated_from_V", vocabulary), like["predicted_s"]
-    size = max(64, vocabulary // PROBE)
-    for _ in range(3):  # a small slice predicts too much: it does not amortise what a call costs
+    # Halves of halves, so that contestants share their slices: each is a problem and a truth.
+    slices = [max(64, vocabulary // 2**k // 64 * 64) for k in range(1, HALVINGS + 1)]
+    size = slices[-1]
+    seconds = seconds_on(contest, peer, size)
+    if seconds * vocabulary / size > limits.call:
+        # A small slice predicts too much: it does not amortise what a call costs.
+        allowed = size * limits.call / seconds
+        size = next((part for part in slices if part <= allowed), size)
         seconds = seconds_on(contest, peer, size)
-        whole = seconds * vocabulary / size
-        if whole <= limits.call:
-            return vocabulary, whole
-        wanted = int(vocabulary * limits.call / whole) // 64 * 64
-        if wanted <= size:
-            return size, seconds
-        size = wanted
-    return size, limits.call
+    whole = seconds * vocabulary / size
+    return (vocabulary, whole) if whole <= limits.call else (size, seconds)
 
 
 def seconds_on(contest: Contest[P], peer: str, size: int) -> float:
@@ -134,12 +137,16 @@ def time_slice(
         results[peer] |= common.summary([scale * seconds for seconds in times])
 
 
+def timed(result: Mapping[str, Any]) -> bool:
+    return "median_s" in result
+
+
 def show(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints a case as a table."""
     print(f"\n{title}")
     print(f"{'':16}{'median ms':>11}{'min':>10}{'max':>10}{'x floor':>9}  remarks")
     for peer, result in results.items():
-        if "median_s" not in result:
+        if not timed(result):
             print(f"{peer:16}{'-':>11}{'':29}  {common.excuse(result)}")
             continue
         fields = (("median_s", 11), ("min_s", 10), ("max_s", 10))
@@ -147,7 +154,8 @@ def show(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
         remarks = [common.errors_of(result)] if "verified" in result else []
         if "extrapolated_from_V" in result:
             remarks.append(f"EXTRAPOLATED from V = {result['extrapolated_from_V']}")
-        print(f"{peer:16}{times}{result['times_floor']:9.2f}  {'; '.join(remarks)}", flush=True)
+        ratio = f"{result['times_floor']:9.2f}" if "times_floor" in result else f"{'-':>9}"
+        print(f"{peer:16}{times}{ratio}  {'; '.join(remarks)}", flush=True)
 
 
 # ---- a benchmark of many cases ------------------------------------------------------------------
@@ -172,11 +180,16 @@ def report(
     }
     started = time.monotonic()
     correct = True
-    for case in cases:
-        content["cases"].append(case)
-        content["seconds"] = round(time.monotonic() - started)
-        show(case["name"], case["peers"])
-        common.write(path, content)
-        ours = [r for p, r in case["peers"].items() if p.startswith("ours")]
-        correct = correct and all(result["verified"]["ok"] for result in ours)
+    # A run that was killed can leave torch.compile's usual cache with half a file in it.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        for case in cases:
+            content["cases"].append(case)
+            content["seconds"] = round(time.monotonic() - started)
+            show(case["name"], case["peers"])
+            common.write(path, content)
+            ours = [r for p, r in case["peers"].items() if p.startswith("ours")]
+            correct = correct and all(result["verified"]["ok"] for result in ours)
     return 0 if correct else 1

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ from benchmarks.logits_peers import (
     verify,
 )
 
+PEERS = (
+    "ours", "ours_all", "ours_inplace", "ours_all_inplace", "eager", "compile", "compile_all",
+    "trl", "floor", "floor_inplace",
+)  # fmt: skip
 PASSES = ("forward", "backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Root mean square in nats; relative for the gradient. Plain expressions round log_softmax of bf16
@@ -136,7 +140,7 @@ def peers_of(case: LogitsCase) -> dict[str, Callable[[Problem], Callable[[], Any
     return made | ({"floor_inplace": floor(backward, inplace=True)} if backward else {})
 
 
-def run_case(case: LogitsCase, limits: Limits) -> dict[str, Any]:
+def run_case(case: LogitsCase, wanted: Iterable[str], limits: Limits) -> dict[str, Any]:
     def check(peer: str, p: Problem, answer: Any, truth: None) -> dict[str, Any] | None:
         if peer.startswith("floor"):
             return None
@@ -148,8 +152,9 @@ def run_case(case: LogitsCase, limits: Limits) -> dict[str, Any]:
         return p.restore if case.way == "backward" else None
 
     with common.threads(case.T) as threads:
-        peers = contest.run(
-            Contest(case.V, case.problem, peers_of(case), lambda p: None, check, before), limits
+        peers = {name: maker for name, maker in peers_of(case).items() if name in wanted}
+        results = contest.run(
+            Contest(case.V, case.problem, peers, lambda p: None, check, before), limits
         )
     rows = case.N * 100 // case.share
     return {
@@ -157,14 +162,14 @@ def run_case(case: LogitsCase, limits: Limits) -> dict[str, Any]:
         "threads": threads,
         "bytes": rows * case.V * DTYPES[case.dtype].itemsize,
         "reader": fastest_reader(),
-        "peers": peers,
+        "peers": results,
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.logits_cpu", description=__doc__)
-    options = options_of(parser, arguments, LogitsCase, {"centre": CENTRE, "axes": AXES})
-    cases = (run_case(case, options.limits) for case in options.cases)
+    options = options_of(parser, arguments, LogitsCase, {"centre": CENTRE, "axes": AXES}, PEERS)
+    cases = (run_case(case, options.peers, options.limits) for case in options.cases)
     return contest.report("logits", cases, options.out)
 
 

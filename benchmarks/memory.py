@@ -39,7 +39,7 @@ def _hidden(dtype: str, *peers: str) -> list[Measurement]:
 
 # The others' calls take most of a minute each; what they hold in fp32 says what they hold in bf16.
 MEASUREMENTS = [
-    *_hidden("fp32", "ours", "trl", "eager", "torch_chunked"),
+    *_hidden("fp32", "ours", "trl", "eager"),
     *_hidden("bf16", "ours"),
     *_hidden("amp", "ours"),
     Measurement("logits", LogitsCase("forward", "fp32", V=32_000, N=ROWS),

@@ -1,8 +1,9 @@
-"""python -m benchmarks.readme: writes README's tables from benchmarks/results/<machine>/*.json.
+"""python -m benchmarks.readme: writes tables from benchmarks/results/<machine>/*.json.
 
-One table per pair of marks that README.md has: `step` (whole steps), `head` (CPU), `store`, `gpu`.
-Without an argument it rewrites README.md; with --check it only says whether README.md is up to date
-(exit status 1 if not). Rehearsals of the GPU benchmarks never get into it.
+One per pair of marks that README.md and benchmarks/README.md have: `step` (whole steps), `head`,
+`logits` and `targets` (CPU), `store`, `gpu`. Without an argument it rewrites both; with --check it
+only says whether they are up to date (exit status 1 if not). Rehearsals of the GPU benchmarks never
+get into them.
 """
 
 from __future__ import annotations
@@ -13,70 +14,20 @@ import pathlib
 import sys
 from typing import Any
 
+from benchmarks import judge, readme_cpu
 from benchmarks.common import RESULTS, ROOT
 
-README = ROOT / "README.md"
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKS = {
     name: (
         f"<!-- {name}: from benchmarks/results by `python -m benchmarks.readme` -->",
         f"<!-- /{name} -->",
     )
-    for name in ("step", "head", "store", "gpu")
+    for name in ("step", "head", "logits", "targets", "store", "gpu")
 }
 NO_FIGURE = "Nothing has been measured yet."
 NO_GPU_FIGURE = "Nothing has been measured on a GPU yet: there is no figure to show."
 DTYPES = {"fp32": "fp32", "bf16": "bf16", "amp": "fp32 under bf16 autocast"}
-HEADS = {"frozen": "head frozen", "trained": "head trained", "nograd": "no gradient"}
-
-
-def seconds(result: dict[str, Any]) -> str:
-    if "median_s" not in result:
-        return "-"
-    mark = "*" if "extrapolated_from_V" in result else ""
-    value = result["median_s"]
-    return (f"{value:.2f}" if value < 10 else f"{value:.0f}") + mark
-
-
-def mebibytes(result: dict[str, Any]) -> str:
-    extra = result.get("memory", {}).get("extra_bytes")
-    return "-" if extra is None else f"{extra / 2**20:.0f}"
-
-
-def table(path: pathlib.Path) -> str:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    env, size = content["environment"], content["size"]
-    lines = [
-        f"{size['positions']} positions, {size['completion']} of them completion, "
-        f"H = {size['H']}, V = {size['V']:,} (Qwen2.5-0.5B's), forward and backward, with the "
-        f"metrics TRL logs. {env['cpu']}, {env['threads']} threads, {' '.join(env['flags'])}; "
-        f"torch {env['versions']['torch']}, TRL {env['versions']['trl']}. "
-        "Medians in seconds, peak extra memory in MiB.",
-        "",
-        "| | fusedpo | TRL | eager | bare GEMMs | the same in fp32 "
-        "| fusedpo MiB | TRL MiB | eager MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in content["cases"]:
-        peers = case["peers"]
-        floors = ("floor", "floor_fp32" if "floor_fp32" in peers else "floor")
-        cells = [seconds(peers[name]) for name in ("ours", "trl", "eager", *floors)]
-        cells += [mebibytes(peers[name]) for name in ("ours", "trl", "eager")]
-        title = f"{DTYPES[case['dtype']]}, {HEADS[case['head']]}"
-        lines.append("| " + " | ".join([title, *cells]) + " |")
-    if any("*" in line for line in lines):
-        lines += [
-            "",
-            "\\* Measured on a part of the vocabulary and scaled up: this CPU has no bf16 "
-            "instructions, and torch's bf16 products are very slow without them. fusedpo "
-            "multiplies widened tiles in fp32 there, so the floor in fp32 is what bounds it.",
-        ]
-    lines += [
-        "",
-        "TRL scores all positions; eager (`log_softmax` of the logits) the completion rows only, "
-        "without metrics. Bare GEMMs are the matrix products alone, into buffers that exist.",
-    ]
-    lines += ["", f"From `{path.relative_to(ROOT)}`, commit `{env['commit'][:7]}`."]
-    return "\n".join(lines)
 
 
 def step_table(path: pathlib.Path) -> str:
@@ -171,9 +122,9 @@ def gpu_table(folder: pathlib.Path) -> str:
         for row in json.loads(targets.read_text(encoding="utf-8"))["targets"]:
             value = row["measured"]
             measured = "never measured" if value is None else f"{value:.3g} {row['unit']}"
-            met = {True: "yes", False: "no", None: "-"}[row["met"]]
             lines.append(
-                f"| {row['case']} | {row['floor']} | {row['target']} | {measured} | {met} |"
+                f"| {row['case']} | {row['floor']} | {row['target']} | {measured} "
+                f"| {judge.verdict(row)} |"
             )
     lines += ["", f"From `{folder.relative_to(ROOT)}`, commit `{(env['commit'] or '?')[:7]}`."]
     return "\n".join(lines)
@@ -187,15 +138,19 @@ def newest(benchmark: str, on_gpu: bool = False) -> pathlib.Path | None:
     dates = {}
     for path in RESULTS.glob(f"*/{benchmark}.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if bool(content["environment"].get("gpu")) == on_gpu and not content.get("rehearsal"):
-            dates[path] = content["environment"]["date"]
+        environments = content.get("environments") or {benchmark: content["environment"]}
+        env = next(iter(environments.values()))
+        if bool(env.get("gpu")) == on_gpu and not content.get("rehearsal"):
+            dates[path] = env["date"]
     return max(dates, key=lambda path: dates[path]) if dates else None
 
 
 def updated(readme: str) -> str:
     makers = {
         "step": ("dpo_step", step_table),
-        "head": ("head", table),
+        "head": ("head", readme_cpu.head_table),
+        "logits": ("logits", readme_cpu.logits_table),
+        "targets": ("targets", readme_cpu.targets_table),
         "store": ("store", store_table),
     }
     texts = {}
@@ -215,15 +170,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    old = README.read_text(encoding="utf-8")
-    new = updated(old)
-    if options.check:
-        print(
-            "README.md is up to date" if new == old else "README.md is not: run benchmarks.readme"
-        )
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    outdated = 0
+    for path in READMES:
+        old = path.read_text(encoding="utf-8")
+        new = updated(old)
+        outdated += new != old
+        if options.check:
+            state = "is up to date" if new == old else "is not: run benchmarks.readme"
+            print(path.relative_to(ROOT), state)
+        else:
+            path.write_text(new, encoding="utf-8")
+    return int(options.check and outdated > 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""The tables of the CPU benchmarks, made from their JSON alone."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks import judge
+from benchmarks.common import ROOT
+from benchmarks.contest import timed
+from benchmarks.head import CENTRE
+from benchmarks.logits_cpu import CENTRE as LOGITS_CENTRE
+
+DTYPES = {"fp32": "fp32", "bf16": "bf16", "amp": "fp32 under bf16 autocast"}
+HEADS = {"frozen": "head frozen", "trained": "head trained", "nograd": "no gradient"}
+PEERS = {
+    "ours": "fusedpo",
+    "trl": "TRL",
+    "eager": "eager",
+    "compile": "torch.compile",
+    "torch_chunked": "torch chunked",
+    "liger_dpo": "Liger DPO",
+    "floor": "bare GEMMs",
+    "floor_fp32": "the same in fp32",
+}
+LOGITS_PEERS = {
+    "forward": {
+        "ours": "fusedpo, log-probs",
+        "eager": "eager, log-probs",
+        "compile": "torch.compile, log-probs",
+        "ours_all": "fusedpo, all five",
+        "trl": "TRL <= 1.14, all five",
+        "compile_all": "torch.compile, all five",
+        "floor": "read of the bytes",
+    },
+    "backward": {
+        "ours": "fusedpo",
+        "ours_inplace": "fusedpo in place",
+        "eager": "eager",
+        "compile": "torch.compile",
+        "trl": "TRL <= 1.14, all five",
+        "floor": "read, read and write",
+        "floor_inplace": "the same in place",
+    },
+}
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def duration(result: Mapping[str, Any], unit: float = 1.0) -> str:
+    if not timed(result):
+        return "-"
+    value = unit * result["median_s"]
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}" + ("\\*" if "extrapolated_from_V" in result else "")
+
+
+def machine(env: Mapping[str, Any]) -> str:
+    return (
+        f"{env['cpu']}, {env['threads']} threads, {' '.join(env['flags'])}; torch "
+        f"{env['versions']['torch']}, TRL {env['versions']['trl']}"
+    )
+
+
+def source(path: pathlib.Path, env: Mapping[str, Any]) -> str:
+    return f"From `{path.relative_to(ROOT)}`, commit `{(env['commit'] or '?')[:7]}`."
+
+
+def rows(header: list[str], body: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *body]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def head_table(path: pathlib.Path) -> str:
+    content = load(path)
+    env = content["environment"]
+    cases = {case["name"]: case for case in content["cases"] if "name" in case}
+    found = [cases[case.name] for case in CENTRE if case.name in cases]
+    memory_path = path.with_name("memory.json")
+    names = [peer for peer in PEERS if any(peer in case["peers"] for case in found)]
+    body = [
+        [f"{DTYPES[case['dtype']]}, {HEADS[case['head']]}"]
+        + [duration(case["peers"].get(peer, {})) for peer in names]
+        for case in found
+    ]
+    cells = [cell for line in body for cell in line]
+    scaled = any("\\*" in cell for cell in cells)
+    text = [
+        "512 positions, 256 of them completion, H = 896, V = 151,936 (Qwen2.5-0.5B's), with the "
+        f"metrics TRL logs. {machine(env)}. Medians in seconds.",
+        "",
+        *rows(["", *(PEERS[name] for name in names)], body),
+        "",
+        "TRL and Liger score all positions; eager (`log_softmax` of the logits), torch.compile of "
+        "it and torch's chunked `linear_cross_entropy` the completion rows only, without metrics. "
+        "Bare GEMMs are the matrix products alone, into buffers that exist."
+        + (" -: it does not run here; the JSON says why." if "-" in cells else "")
+        + (" \\*: measured on a part of the vocabulary and scaled up." if scaled else ""),
+    ]
+    if memory_path.exists():
+        text += ["", *memory_table(load(memory_path))]
+    return "\n".join([*text, "", source(path, env)])
+
+
+def memory_table(content: Mapping[str, Any]) -> list[str]:
+    cases = [case for case in content["cases"] if case["level"] == "hidden"]
+    names = [peer for peer in PEERS if any(peer in case["peers"] for case in cases)]
+    body = []
+    for case in cases:
+        extra = [case["peers"].get(peer, {}).get("extra_bytes") for peer in names]
+        cells = ["-" if value is None else f"{value / 1e6:,.0f}" for value in extra]
+        body.append([f"{DTYPES[case['dtype']]}, {HEADS[case['head']]}", *cells])
+    return [
+        "Peak extra memory in MB, results included, with 4096 completion rows:",
+        "",
+        *rows(["", *(PEERS[name] for name in names)], body),
+    ]
+
+
+def logits_table(path: pathlib.Path) -> str:
+    content = load(path)
+    env = content["environment"]
+    cases = {case["name"]: case for case in content["cases"]}
+    text = [
+        f"Logits that exist, 256 x 151,936. {machine(env)}. Medians in milliseconds.",
+    ]
+    for way, peers in LOGITS_PEERS.items():
+        found = [cases[c.name] for c in LOGITS_CENTRE if c.way == way and c.name in cases]
+        title = {"forward": "forward", "backward": "forward + backward"}[way]
+        body = [
+            [label, *(duration(case["peers"].get(peer, {}), 1e3) for case in found)]
+            for peer, label in peers.items()
+        ]
+        text += ["", *rows([title, *(case["dtype"] for case in found)], body)]
+    return "\n".join([*text, "", source(path, env)])
+
+
+def targets_table(path: pathlib.Path) -> str:
+    content = load(path)
+    env = next(iter(content["environments"].values()))
+    body = []
+    for row in content["targets"]:
+        value = row["measured"]
+        measured = "-" if value is None else f"{value:.3g} {row['unit']}".strip()
+        at_floor = f"{row['at_floor']:.3g}" if "at_floor" in row else ""
+        body.append([row["case"], row["target"], measured, at_floor, judge.verdict(row)])
+    images = [
+        f"![{image.stem}]({image.relative_to(ROOT / 'benchmarks')})"
+        for image in sorted(path.parent.glob("*.png"))
+    ]
+    return "\n".join(
+        [
+            f"{machine(env)}.",
+            "",
+            *rows(["", "target", "measured", "at the floor", "verdict"], body),
+            "",
+            "At the floor: what the ratio would be if fusedpo took as long as the bare matrix "
+            "products, or as torch takes to move the bytes once, in the same run.",
+            "",
+            *images,
+            "",
+            source(path, env),
+        ]
+    )
