@@ -1,5 +1,5 @@
-# make demo | test | lint | sanitize | cuda | cuda-host-ops | help. Each makes its own virtual
-# environment in .venv.
+# make demo | test | bench-check | lint | sanitize | cuda | cuda-host-ops | help. Each makes its own
+# virtual environment in .venv.
 #
 #   PYTHON        the Python to use (3.11 or newer, which TRL needs)
 #   TORCH         what to install as torch; it goes first, because fusedpo is compiled against it
@@ -30,11 +30,12 @@ export FUSEDPO_NATIVE ?= require
 # Few architectures compile quickly: the GPU's that is here, else two. (Installing has them all.)
 export FUSEDPO_CUDA_ARCHS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo native || echo '80-real;90-real')
 
-.PHONY: help demo test test-trl test-engines lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
+.PHONY: help demo test bench-check test-trl test-engines lint sanitize cuda cuda-host-ops tsan fuzz cuda-host clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
 	@echo 'make test      pytest and GoogleTest'
+	@echo 'make bench-check  whether a kernel has become slow, by ratios to torch in the same run'
 	@echo 'make test-trl  the tests that depend on TRL, on each of TRL_VERSIONS'
 	@echo 'make test-engines  the tests that need DeepSpeed or bitsandbytes, which it fetches'
 	@echo 'make lint      ruff, mypy --strict, clang-format'
@@ -53,6 +54,9 @@ demo: $(STAMPS)/demo
 
 test: $(STAMPS)/test
 	scripts/run_tests.sh $(VENV) $(TEST_ARGS)
+
+bench-check: $(STAMPS)/test
+	$(PY) -m benchmarks.check
 
 test-trl: $(TRL_VERSIONS:%=$(VENV)/trl/%/stamp)
 	scripts/run_trl_tests.sh $(VENV)/trl "$(TRL_VERSIONS)" $(TEST_ARGS)
