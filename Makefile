@@ -1,5 +1,5 @@
-# make demo | test | bench-check | lint | sanitize | cuda | cuda-host-ops | help. Each makes its own virtual
-# environment in .venv.
+# make demo | test | bench-check | lint | sanitize | cuda | cuda-host-ops | help. Each makes its own
+# virtual environment in .venv.
 #
 #   PYTHON        the Python to use (3.11 or newer, which TRL needs)
 #   TORCH         what to install as torch; it goes first, because fusedpo is compiled against it

@@ -8,15 +8,18 @@ scaled up and marked `extrapolated_from_V`.
 from __future__ import annotations
 
 import gc
+import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
+from unittest import mock
 
 from benchmarks import common
 from benchmarks.common import Call
 
-PROBE = 64  # the share of the vocabulary on which a contestant's time is predicted
+HALVINGS = 6  # of the vocabulary, down to the slice on which a contestant's time is predicted
 NEVER_ABSENT = ("ours", "floor")  # their failure is ours, not a finding
 # What takes as long as another contestant and would be compiled for every slice that is tried.
 PREDICTED_BY = {"compile": "eager", "compile_all": "trl"}
@@ -76,17 +79,17 @@ def affordable(
     like = results.get(PREDICTED_BY.get(peer, ""), {})
     if "predicted_s" in like:
         return like.get("extrapolated_from_V", vocabulary), like["predicted_s"]
-    size = max(64, vocabulary // PROBE)
-    for _ in range(3):  # a small slice predicts too much: it does not amortise what a call costs
+    # Halves of halves, so that contestants share their slices: each is a problem and a truth.
+    slices = [max(64, vocabulary // 2**k // 64 * 64) for k in range(1, HALVINGS + 1)]
+    size = slices[-1]
+    seconds = seconds_on(contest, peer, size)
+    if seconds * vocabulary / size > limits.call:
+        # A small slice predicts too much: it does not amortise what a call costs.
+        allowed = size * limits.call / seconds
+        size = next((part for part in slices if part <= allowed), size)
         seconds = seconds_on(contest, peer, size)
-        whole = seconds * vocabulary / size
-        if whole <= limits.call:
-            return vocabulary, whole
-        wanted = int(vocabulary * limits.call / whole) // 64 * 64
-        if wanted <= size:
-            return size, seconds
-        size = wanted
-    return size, limits.call
+    whole = seconds * vocabulary / size
+    return (vocabulary, whole) if whole <= limits.call else (size, seconds)
 
 
 def seconds_on(contest: Contest[P], peer: str, size: int) -> float:
@@ -177,11 +180,16 @@ def report(
     }
     started = time.monotonic()
     correct = True
-    for case in cases:
-        content["cases"].append(case)
-        content["seconds"] = round(time.monotonic() - started)
-        show(case["name"], case["peers"])
-        common.write(path, content)
-        ours = [r for p, r in case["peers"].items() if p.startswith("ours")]
-        correct = correct and all(result["verified"]["ok"] for result in ours)
+    # A run that was killed can leave torch.compile's usual cache with half a file in it.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        for case in cases:
+            content["cases"].append(case)
+            content["seconds"] = round(time.monotonic() - started)
+            show(case["name"], case["peers"])
+            common.write(path, content)
+            ours = [r for p, r in case["peers"].items() if p.startswith("ours")]
+            correct = correct and all(result["verified"]["ok"] for result in ours)
     return 0 if correct else 1

@@ -52,11 +52,11 @@ class HeadCase(Case):
         )
 
     def peers(self, wanted: Iterable[str]) -> dict[str, Any]:
-        """Of those wanted. Those whose calls take longest compete where they are at home only: no
-        autocast, a gradient, the sizes of the centre."""
+        """Of those wanted. Those whose calls take longest compete in fp32 with a gradient and the
+        sizes of the centre only."""
         meaningless = {"fp32": ("floor_fp32", "cast_weight"), "bf16": ("cast_weight",), "amp": ()}
         left_out = set(meaningless[self.dtype])
-        if self not in CENTRE or self.dtype == "amp" or self.head == "nograd":
+        if self not in CENTRE or self.dtype != "fp32" or self.head == "nograd":
             left_out |= {"torch_chunked", *head_scalar_peers.PEERS}
         return {name: PEERS[name] for name in PEERS if name in wanted and name not in left_out}
 

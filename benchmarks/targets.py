@@ -25,12 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
         path = folder / f"{name}.json"
         if path.exists():
             runs[name] = json.loads(path.read_text(encoding="utf-8"))
-    if not runs:
-        parser.error(f"no head.json, logits.json, losses.json or memory.json in {folder}")
     rehearsal = any(run.get("rehearsal") for run in runs.values())
     on_gpu = rehearsal or any(run["environment"].get("gpu") for run in runs.values())
     table, names = (targets_gpu.TARGETS, GPU_FILES) if on_gpu else (targets_cpu.TARGETS, CPU_FILES)
     runs = {name: runs[name] for name in names if name in runs}
+    if not runs:
+        parser.error(f"no {'.json, '.join(names)}.json in {folder}")
     found = judge.rows(table, runs)
     judge.show(found)
     environments = {name: run["environment"] for name, run in runs.items()}
