@@ -1,0 +1,144 @@
+"""Prompts and generations in files: JSONL for programs, markdown for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fusedpo.tools.generate import Generation, Prompt
+
+
+def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list[Prompt]:
+    """Return the different prompts of a file, in its order.
+
+    Args:
+        path: .jsonl or .json with a `prompt` in every row (text or messages; a file of preferences
+            will do); or .txt with a prompt on every line.
+        limit: the first so many.
+
+    Raises:
+        ValueError: another kind of file, a row without prompt, no prompt, or limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None for all; got {limit}.")
+    file = pathlib.Path(path)
+    if file.suffix == ".txt":
+        lines = file.read_text(encoding="utf-8").split("\n")
+        prompts: list[Prompt] = [line for line in lines if line.strip()]
+    elif file.suffix in (".jsonl", ".json"):
+        prompts = [_prompt(row, where) for where, row in _rows(file)]
+    else:
+        raise ValueError(f"prompts must be in a .jsonl, .json or .txt file; got {file}.")
+    # The same prompt twice would only give the same samples twice.
+    different = list({json.dumps(prompt): prompt for prompt in prompts}.values())
+    if not different:
+        raise ValueError(f"{file} has no prompt.")
+    return different[:limit]
+
+
+def read_generations(path: str | os.PathLike[str]) -> list[Generation]:
+    """Return the generations of a JSONL file: rows with `prompt` and `completion`; the other fields
+    of a `Generation` may be missing.
+
+    Raises:
+        ValueError: a row without prompt or completion, or no row.
+    """
+    file = pathlib.Path(path)
+    found = []
+    for where, row in _rows(file):
+        completion = row.get("completion") if isinstance(row, dict) else None
+        if not isinstance(completion, str):
+            raise ValueError(f"{where}: completion must be a text; got {_short(row)}.")
+        known = {name: row[name] for name in ("index", "num_tokens", "truncated") if name in row}
+        found.append(Generation(_prompt(row, where), completion, **known))
+    if not found:
+        raise ValueError(f"{file} has no generation.")
+    return found
+
+
+def write_generations(path: str | os.PathLike[str], generations: Sequence[Generation]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    lines = [json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in generations]
+    write_text(path, "".join(lines))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file under another name and rename it, so that no half of it is ever seen."""
+    file = pathlib.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(f".{file.name}.{os.getpid()}")
+    half.write_text(text, encoding="utf-8")
+    half.replace(file)
+
+
+def as_markdown(generations: Sequence[Generation], title: str) -> str:
+    """Return the generations as a page to read, each prompt followed by its completions."""
+    lines = [f"# {title}", ""]
+    last = None
+    for each in generations:
+        if each.prompt != last:
+            last = each.prompt
+            lines += ["## Prompt", "", *_quoted(as_text(each.prompt)), ""]
+        cut = ", cut there" if each.truncated else ""
+        lines += [f"**Sample {each.index}**, {each.num_tokens} tokens{cut}:", ""]
+        lines += [*_fenced(each.completion), ""]
+    return "\n".join(lines)
+
+
+def as_text(prompt: Prompt) -> str:
+    """Return a prompt as one text to read; of messages each with its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _quoted(text: str) -> list[str]:
+    return [f"> {line}".rstrip() for line in text.strip().split("\n")]
+
+
+def _fenced(text: str) -> list[str]:
+    """A fence that the text itself does not close: completions hold markdown, too."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [fence + "text", text.strip("\n"), fence]
+
+
+def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Yield (where, row). By line feeds only: texts may hold U+2028, which splitlines splits at."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise ValueError(f"{file} must hold a list of rows; got {_short(rows)}.")
+        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: this is no JSON ({error}).") from None
+
+
+def _prompt(row: Any, where: str) -> Prompt:
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    messages = isinstance(prompt, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt
+    )
+    if not prompt or not (isinstance(prompt, str) or messages):
+        raise ValueError(
+            f"{where}: prompt must be a text or a list of messages with role and content; got "
+            f"{_short(row)}."
+        )
+    return prompt
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
