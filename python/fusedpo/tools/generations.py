@@ -33,10 +33,15 @@ def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list
     else:
         raise ValueError(f"prompts must be in a .jsonl, .json or .txt file; got {file}.")
     # The same prompt twice would only give the same samples twice.
-    different = list({json.dumps(prompt): prompt for prompt in prompts}.values())
+    different = list({prompt_key(prompt): prompt for prompt in prompts}.values())
     if not different:
         raise ValueError(f"{file} has no prompt.")
     return different[:limit]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Return what tells prompts apart, text or messages."""
+    return json.dumps(prompt, sort_keys=True)
 
 
 def read_generations(path: str | os.PathLike[str]) -> list[Generation]:
