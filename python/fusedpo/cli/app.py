@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fusedpo
-from fusedpo.cli import convert, lint, store
+from fusedpo.cli import convert, generate, lint, store
 from fusedpo.cli.command import command
 
 _HELP = """Exact, fast preference optimisation, and the tools around it."""
@@ -29,6 +29,7 @@ torchrun --nproc-per-node 8 -m fusedpo precompute --model ... --data ... --outpu
 
 STORE = "The reference store"
 BEFORE = "Before the training"
+AFTER = "After the training"
 _COMMANDS = (
     ("lint", BEFORE, lint.lint),
     ("convert", BEFORE, convert.convert),
@@ -39,6 +40,8 @@ _COMMANDS = (
     ("export", STORE, store.export),
     ("import", STORE, store.import_),
     ("prune", STORE, store.prune),
+    ("generate", AFTER, generate.generate),
+    ("pathologies", AFTER, generate.pathologies),
     ("doctor", "This installation", store.doctor),
 )
 

@@ -38,14 +38,13 @@ class CheckpointReport:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table()
-        for heading in ("checkpoint", "completions", "characters", *self.reports[0].counts):
-            table.add_column(heading, justify="left" if heading == "checkpoint" else "right")
+        table = Table(box=None, pad_edge=False)
+        for heading in ("step", "length", *self.reports[0].counts):
+            table.add_column(heading, justify="left" if heading == "step" else "right")
         for name, report in zip(self.names, self.reports, strict=True):
-            counts = map(str, report.counts.values())
-            characters = f"{report.mean_characters:.0f}"
-            table.add_row(name, str(report.completions), characters, *counts)
-        return Group(table, self.reports[-1].render())
+            table.add_row(name, f"{report.mean_characters:.0f}", *map(str, report.counts.values()))
+        last = self.reports[-1].render()
+        return last if len(self.names) == 1 else Group(table, "", last)
 
 
 def check_files(

@@ -63,6 +63,8 @@ class PathologyReport:
             title=f"{self.completions} completions of {self.mean_characters:.0f} characters on "
             f"average{ratio}{cut}",
             title_justify="left",
+            box=None,
+            pad_edge=False,
         )
         table.add_column("pathology")
         table.add_column("completions", justify="right")
