@@ -34,7 +34,7 @@ class CheckpointReport:
         return {"reference": self.reference, "checkpoints": checkpoints}
 
     def render(self) -> Any:
-        """Return tables for `rich`: the counts by checkpoint, and the last checkpoint's evidence."""
+        """Return tables for `rich`: counts by checkpoint, and the evidence of the last one."""
         from rich.console import Group
         from rich.table import Table
 

@@ -100,9 +100,7 @@ def generate(
         raise ValueError("adapter goes with a model that is named; put it on the model yourself.")
     tokenizer = tokenizer or tokenizer_of(model)
     texts = [_as_text(prompt, tokenizer, place) for place, prompt in enumerate(prompts)]
-    ids = [
-        _encode(text, prompt, tokenizer) for text, prompt in zip(texts, prompts, strict=True)
-    ]
+    ids = [_encode(text, prompt, tokenizer) for text, prompt in zip(texts, prompts, strict=True)]
     _check_lengths(ids, model, max_new_tokens)
 
     samples = [(place, index) for place in range(len(prompts)) for index in range(n)]

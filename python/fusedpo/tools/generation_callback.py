@@ -23,6 +23,7 @@ from fusedpo.tools.generations import (
 )
 from fusedpo.tools.pathologies import check
 from fusedpo.tools.patterns import load_patterns
+from fusedpo.tools.sampling import Sampling
 
 
 class GenerationCallback(TrainerCallback):  # type: ignore[misc]
@@ -60,9 +61,12 @@ class GenerationCallback(TrainerCallback):  # type: ignore[misc]
         batch_size: int = 8,
         patterns: str | os.PathLike[str] | None = None,
     ) -> None:
-        is_file = isinstance(prompts, (str, os.PathLike))
         self._trainer = trainer
-        self._prompts = read_prompts(prompts) if is_file else list(prompts)
+        if isinstance(prompts, (str, os.PathLike)):
+            prompts = read_prompts(prompts)
+        self._prompts = list(prompts)
+        if not self._prompts:
+            raise ValueError("prompts must hold at least one prompt; got none.")
         self._options: dict[str, Any] = {
             "n": n,
             "max_new_tokens": max_new_tokens,
@@ -70,6 +74,7 @@ class GenerationCallback(TrainerCallback):  # type: ignore[misc]
             "seed": seed,
             "batch_size": batch_size,
         }
+        Sampling(**self._options)  # what is wrong with them shows before the training
         self._patterns = load_patterns(patterns)
         self._folder = pathlib.Path(trainer.args.output_dir) / "generations"
         self._reference: list[Generation] | None = None

@@ -141,7 +141,8 @@ def _prompt(row: Any, where: str) -> Prompt:
             f"{where}: prompt must be a text or a list of messages with role and content; got "
             f"{_short(row)}."
         )
-    return prompt
+    found: Prompt = prompt
+    return found
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,5 @@
-"""What a model learns from preferences that nobody wanted: long answers, flattery, evasion, hedging,
-repetition, text that is none. Counted, with the evidence, and plotted over the checkpoints of a
-training."""
+"""What a model learns from preferences though nobody wanted it: long answers, flattery, evasion,
+hedging, repetition, text that is none. Counted, with the evidence."""
 
 from __future__ import annotations
 
@@ -143,8 +142,8 @@ def _examine(text: str, expected: float | None, known: Patterns) -> list[tuple[s
 def _expected_lengths(
     completions: Sequence[Completion], reference: Sequence[Completion]
 ) -> list[float]:
-    """The reference's mean length for each completion, in characters: two models' tokens need not be
-    the same."""
+    """The reference's mean length for each completion, in characters: two models' tokens need not
+    be the same."""
     with_prompts = [isinstance(each, Generation) for each in (*completions, *reference)]
     if not all(with_prompts):
         if any(with_prompts) or len(completions) != len(reference):

@@ -102,7 +102,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     known = {field.name for field in fields(Limits)}
     for name, value in content["limits"].items():
         if name not in known:
-            raise ValueError(f"{path}: limits must be among {', '.join(sorted(known))}; got {name}.")
+            raise ValueError(
+                f"{path}: limits must be among {', '.join(sorted(known))}; got {name}."
+            )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"{path}: {name} must be a number above 0; got {value!r}.")
     return content

@@ -7,6 +7,7 @@ counts as one. Code between backticks is left out where the look of words is wha
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -94,7 +95,7 @@ def _commonest(text: str) -> tuple[str, float]:
     return character, times / counts.total()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _script(letter: str) -> str:
     # unicodedata has no script property; the first word of a letter's name is the script.
     script = unicodedata.name(letter, "?").split(" ")[0]
@@ -107,7 +108,7 @@ def _script_changes(text: str) -> tuple[float, int]:
     scripts = [_script(c) for c in text if c.isalpha()]
     if len(scripts) < _FEW_WORDS:
         return 0.0, 0
-    changes = sum(a != b for a, b in zip(scripts, scripts[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(scripts))
     used = [s for s, times in Counter(scripts).items() if times >= len(scripts) / 100]
     return changes / len(scripts), len(used)
 
