@@ -108,14 +108,15 @@ def draw(report: CheckpointReport, path: str | os.PathLike[str]) -> None:
     shares.set_ylabel("completions with it, %")
     shares.set_ylim(bottom=0)
     shares.legend(fontsize="small")
-    lengths.plot(places, [each.mean_characters for each in report.reports], marker="o", color="C7")
+    means = [each.mean_characters for each in report.reports]
+    lengths.plot(places, means, marker="o", markersize=4, label="mean")
     last = report.reports[-1]
     if last.length_ratio is not None:
-        expected = last.mean_characters / last.length_ratio
-        lengths.axhline(expected, linestyle="--", color="0.5", label="reference")
-        lengths.legend(fontsize="small")
-    lengths.set_ylabel("mean length, characters")
-    lengths.set_ylim(bottom=0)
+        means.append(last.mean_characters / last.length_ratio)
+        lengths.axhline(means[-1], linestyle="--", color="0.5", label="the reference's mean")
+    lengths.set_ylabel("length, characters")
+    lengths.set_ylim(0, 1.1 * max(means))
+    lengths.legend(fontsize="small", loc="lower left")
     for axes in (shares, lengths):
         axes.set_xlabel("checkpoint")
         axes.set_xticks(places, report.names)

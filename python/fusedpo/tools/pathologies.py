@@ -53,18 +53,17 @@ class PathologyReport:
         return asdict(self) | {"findings": [asdict(each) for each in self.findings]}
 
     def render(self) -> Any:
-        """Return a table for `rich`: each check with its count, share and first evidence."""
+        """Return what `rich` prints: each check with its count, share and first evidence."""
+        from rich.console import Group
         from rich.table import Table
 
         ratio = "" if self.length_ratio is None else f", {self.length_ratio:.2f}x the reference's"
         cut = f", {self.truncated} cut" if self.truncated else ""
-        table = Table(
-            title=f"{self.completions} completions of {self.mean_characters:.0f} characters on "
-            f"average{ratio}{cut}",
-            title_justify="left",
-            box=None,
-            pad_edge=False,
+        title = (
+            f"{self.completions} completions of {self.mean_characters:.0f} characters on average"
+            f"{ratio}{cut}"
         )
+        table = Table(box=None, pad_edge=False)
         table.add_column("pathology")
         table.add_column("completions", justify="right")
         table.add_column("share", justify="right")
@@ -73,7 +72,7 @@ class PathologyReport:
         for check, count in self.counts.items():
             example = f"{first[check].place}: {first[check].evidence}" if count else ""
             table.add_row(check, str(count), f"{self.share(check):.1%}", _plain(example))
-        return table
+        return Group(title, table)
 
 
 def check(

@@ -45,7 +45,7 @@ class Phrases:
         text = text.strip().replace("\u2019", "'")
         if self.where == "start":
             text = text[:start_characters]
-        found = [match[0].strip() for p in self.patterns for match in p.finditer(text)]
+        found = [match[0].strip(" \n.!?") for p in self.patterns for match in p.finditer(text)]
         if len(found) < self.at_least:
             return []
         if self.per_words is not None and words > self.per_words * len(found) / self.at_least:
