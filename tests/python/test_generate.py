@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+import sys
 from typing import Any
 
 import pytest
@@ -230,12 +231,16 @@ def test_prompts_are_read_from_preferences_text_and_json(tmp_path: pathlib.Path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: prompt must be a text or a list"),
-        ("p.jsonl", '{"prompt": "a"}\nnonsense\n', "line 2: this is no JSON"),
-        ("p.jsonl", '{"prompt": [{"content": "b"}]}\n', "line 1: prompt must be"),
-        ("p.json", '{"prompt": "a"}', "must hold a list of rows"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"text": "b"}\n',
+            "line 2: a row must have a prompt, a text or",
+        ),
+        ("p.jsonl", '{"prompt": "a"}\nnonsense\n', "line 2: must be JSON"),
+        ("p.jsonl", '{"prompt": [{"content": "b"}]}\n', "line 1: a row must have a prompt"),
+        ("p.jsonl", '{"chosen": "a", "rejected": "b"}', "line 1"),
         ("p.txt", "\n \n", "has no prompt"),
-        ("p.md", "a", "must be in a .jsonl, .json or .txt file"),
+        ("p.md", "a", "must end in .jsonl"),
     ],
 )
 def test_files_without_prompts_are_refused_with_the_line(
@@ -246,10 +251,26 @@ def test_files_without_prompts_are_refused_with_the_line(
         read_prompts(tmp_path / name)
 
 
+def test_prompts_are_read_from_every_form_of_preference_data(tmp_path: pathlib.Path) -> None:
+    turns = [{"from": "human", "value": "Hi"}]
+    answers = {name: {"from": "gpt", "value": name} for name in ("chosen", "rejected")}
+    (tmp_path / "s.json").write_text(json.dumps([{"conversations": turns, **answers}]))
+    transcripts = {name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+    (tmp_path / "h.jsonl").write_text(json.dumps(transcripts))
+    assert read_prompts(tmp_path / "s.json") == [[{"role": "user", "content": "Hi"}]]
+    assert read_prompts(tmp_path / "h.jsonl") == [[{"role": "user", "content": "Hi"}]]
+
+
 def test_generations_without_completion_are_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: completion must be a text"):
         read_generations(tmp_path / "a.jsonl")
+
+
+def test_missing_transformers_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'needs transformers; pip install "fusedpo\[tools\]"'):
+        generate("model", PROMPTS)
 
 
 # The command ------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def generate(
         str,
         typer.Argument(
             metavar="PROMPTS",
-            help=".jsonl or .json with a prompt in each row, text or messages (a file of "
-            "preferences will do), or .txt with one on each line.",
+            help="Rows with a prompt, text or messages, or preference data (.jsonl, .json, .csv, "
+            ".parquet); or a prompt on each line (.txt).",
         ),
     ],
     model: Annotated[

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fusedpo.tools.formats import FORMS, FormatError
+from fusedpo.tools.formats.files import read_records
 from fusedpo.tools.generate import Generation, Prompt
 
 
@@ -15,8 +17,9 @@ def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list
     """Return the different prompts of a file, in its order.
 
     Args:
-        path: .jsonl or .json with a `prompt` in every row (text or messages; a file of preferences
-            will do); or .txt with a prompt on every line.
+        path: rows with a `prompt`, text or messages, or preference data of any form that
+            `fusedpo.tools.formats` knows (.jsonl, .json, .csv, .parquet); or a prompt on every
+            line (.txt).
         limit: the first so many.
 
     Raises:
@@ -28,10 +31,8 @@ def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list
     if file.suffix == ".txt":
         lines = file.read_text(encoding="utf-8").split("\n")
         prompts: list[Prompt] = [line for line in lines if line.strip()]
-    elif file.suffix in (".jsonl", ".json"):
-        prompts = [_prompt(row, where) for where, row in _rows(file)]
     else:
-        raise ValueError(f"prompts must be in a .jsonl, .json or .txt file; got {file}.")
+        prompts = [_prompt(row, where) for where, row in _rows(file)]
     # The same prompt twice would only give the same samples twice.
     different = list({prompt_key(prompt): prompt for prompt in prompts}.values())
     if not different:
@@ -54,7 +55,7 @@ def read_generations(path: str | os.PathLike[str]) -> list[Generation]:
     file = pathlib.Path(path)
     found = []
     for where, row in _rows(file):
-        completion = row.get("completion") if isinstance(row, dict) else None
+        completion = row.get("completion")
         if not isinstance(completion, str):
             raise ValueError(f"{where}: completion must be a text; got {_short(row)}.")
         known = {name: row[name] for name in ("index", "num_tokens", "truncated") if name in row}
@@ -112,37 +113,36 @@ def _fenced(text: str) -> list[str]:
     return [fence + "text", text.strip("\n"), fence]
 
 
-def _rows(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Yield (where, row). By line feeds only: texts may hold U+2028, which splitlines splits at."""
-    text = file.read_text(encoding="utf-8")
-    if file.suffix == ".json":
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise ValueError(f"{file} must hold a list of rows; got {_short(rows)}.")
-        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: this is no JSON ({error}).") from None
+def _rows(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, row)."""
+    for line, row in read_records(os.fspath(file)):
+        where = f"{file}, line {line}"
+        if isinstance(row, FormatError):
+            raise ValueError(f"{where}: {row}.")
+        yield where, row
 
 
-def _prompt(row: Any, where: str) -> Prompt:
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    messages = isinstance(prompt, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt
-    )
-    if not prompt or not (isinstance(prompt, str) or messages):
+def _prompt(row: dict[str, Any], where: str) -> Prompt:
+    prompt = row.get("prompt")
+    if prompt and (isinstance(prompt, str) or _are_messages(prompt)):
+        found: Prompt = prompt  # with or without an answer
+        return found
+    form = next((form for form in FORMS.values() if form.matches(row)), None)
+    if form is None:
         raise ValueError(
-            f"{where}: prompt must be a text or a list of messages with role and content; got "
-            f"{_short(row)}."
+            f"{where}: a row must have a prompt, a text or messages with role and content, or be "
+            f"of a form of preference data; got {_short(row)}."
         )
-    found: Prompt = prompt
-    return found
+    try:
+        return form.parse(row).prompt
+    except FormatError as error:
+        raise ValueError(f"{where}: {error}.") from None
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+    )
 
 
 def _short(value: Any) -> str:

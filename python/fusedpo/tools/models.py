@@ -31,10 +31,12 @@ def load_model(
 
     Raises:
         ValueError: dtype is unknown, or `model` with `adapter` is an adapter itself.
-        ImportError: there is an adapter, and no PEFT.
+        ImportError: there is no transformers, or an adapter and no PEFT.
     """
-    from transformers import AutoModelForCausalLM
-
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ImportError('generating needs transformers; pip install "fusedpo[tools]"') from error
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     name, folders = os.fspath(model), [os.fspath(model)]
@@ -116,7 +118,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError('an adapter needs PEFT: pip install "fusedpo[tools]"') from error
+        raise ImportError('an adapter needs PEFT; pip install "fusedpo[tools]"') from error
     return peft
 
 
