@@ -151,6 +151,13 @@ def test_counts_reach_the_reporting_of_the_trainer(tmp_path: pathlib.Path) -> No
     assert "eval/pathologies/repetition" in accumulator.Tags()["scalars"]
 
 
+def test_training_without_evaluations_is_warned_of(tmp_path: pathlib.Path) -> None:
+    trainer = build(tmp_path, max_steps=1, eval_strategy="no")
+    add(trainer)
+    with pytest.warns(UserWarning, match="the training has no evaluations"):
+        trainer.train()
+
+
 def test_options_are_checked_when_the_callback_is_made(tmp_path: pathlib.Path) -> None:
     trainer = build(tmp_path)
     with pytest.raises(ValueError, match="at least one prompt"):

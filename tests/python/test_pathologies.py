@@ -285,6 +285,10 @@ def test_files_are_named_and_take_a_reference(checkpoints: pathlib.Path) -> None
     assert check_files([other], reference=first).reports[0].counts["verbosity"] == 2
     assert check_files([other]).names == ("mine",)
     assert "verbosity" not in check_files([other]).reports[0].counts
+    (checkpoints / "b").mkdir()
+    copy = checkpoints / "b" / "mine.jsonl"
+    copy.write_bytes(other.read_bytes())
+    assert check_files([other, copy]).names == (str(other)[:-6], str(copy)[:-6])
 
 
 def test_folder_without_generations_is_refused(tmp_path: pathlib.Path) -> None:

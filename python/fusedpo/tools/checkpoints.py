@@ -73,15 +73,22 @@ def check_files(
         raise ValueError("paths must name at least one file; got none.")
     expected = None if reference is None else read_generations(reference)
     known = load_patterns(patterns)
-    steps = [_FILE.search(file.name) for file in files]
     return CheckpointReport(
-        tuple(
-            file.stem if step is None else str(int(step[1]))
-            for file, step in zip(files, steps, strict=True)
-        ),
+        _names(files),
         tuple(check(read_generations(file), expected, known) for file in files),
         None if reference is None else os.fspath(reference),
     )
+
+
+def _names(files: Sequence[pathlib.Path]) -> tuple[str, ...]:
+    """The steps where the files tell, else their names; with folders where names are the same."""
+    steps = [_FILE.search(file.name) for file in files]
+    names = [
+        file.stem if step is None else str(int(step[1]))
+        for file, step in zip(files, steps, strict=True)
+    ]
+    alike = len(set(names)) < len(names)
+    return tuple(str(file.with_suffix("")) for file in files) if alike else tuple(names)
 
 
 def _files_of(folder: pathlib.Path) -> list[pathlib.Path]:

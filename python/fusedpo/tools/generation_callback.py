@@ -83,6 +83,12 @@ class GenerationCallback(TrainerCallback):  # type: ignore[misc]
         _check_whole(self._trainer.model)
         if not state.is_world_process_zero:
             return
+        if args.eval_strategy == "no":
+            warnings.warn(
+                "fusedpo: the training has no evaluations, at which GenerationCallback generates; "
+                'set eval_strategy="steps" and eval_steps.',
+                stacklevel=2,
+            )
         before = self._folder / FILE_NAME.format(step=0)
         if state.global_step == 0:
             self._reference = self._generate(0)
