@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pathlib
@@ -15,7 +16,6 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
 from datasets import Dataset
 from fusedpo.trl import patch_trl
-from test_loss_examples import load
 from test_trl_patch_trainers import arguments, assert_within_contract, without_times
 from trl_helpers import make_model, make_pairs, make_tokenizer, one_thread  # noqa: F401  a fixture
 
@@ -93,9 +93,11 @@ CPO_ORPO: dict[str, tuple[str, dict[str, Any]]] = {
 def test_cpo_and_orpo_losses_equal_trls_experimental_trainers(
     name: str, tmp_path: pathlib.Path
 ) -> None:
-    example = load("cpo_orpo")
+    from fusedpo.trl import cpo_orpo
+
     kind, options = CPO_ORPO[name]
-    config_class = getattr(example, f"{kind}Config")
+    experimental = importlib.import_module(f"trl.experimental.{kind.lower()}")
+    config_class = getattr(experimental, f"{kind}Config")
 
     def log_of(trainer_class: Any) -> list[dict[str, float]]:
         trainer = trainer_class(
@@ -110,9 +112,9 @@ def test_cpo_and_orpo_losses_equal_trls_experimental_trainers(
         trainer.train()
         return without_times(trainer)
 
-    want = log_of(getattr(example, f"{kind}Trainer"))
+    want = log_of(getattr(experimental, f"{kind}Trainer"))
     with patch_trl():
-        got = log_of(getattr(example, f"Fused{kind}Trainer"))
+        got = log_of(getattr(cpo_orpo, f"Fused{kind}Trainer"))
     unlike = {"logits/chosen", "logits/rejected"}  # TRL's cover prompt and padding
     unlike |= {"logps/chosen", "logps/rejected", "log_odds_chosen", "log_odds_ratio"}
     theirs = [
