@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 import fusedpo
-from fusedpo.cli import convert, generate, lint, store
+from fusedpo.cli import (
+    convert,
+    diagnose,
+    generate,
+    iterate,
+    judge,
+    lint,
+    pairs,
+    plot,
+    store,
+    sweep,
+    train,
+)
 from fusedpo.cli.command import command
 
 _HELP = """Exact, fast preference optimisation, and the tools around it."""
@@ -40,8 +52,15 @@ _COMMANDS = (
     ("export", STORE, store.export),
     ("import", STORE, store.import_),
     ("prune", STORE, store.prune),
+    ("train", "Training", train.train),
+    ("sweep", "Training", sweep.sweep),
+    ("plot", AFTER, plot.plot),
+    ("diagnose", AFTER, diagnose.diagnose),
     ("generate", AFTER, generate.generate),
     ("pathologies", AFTER, generate.pathologies),
+    ("judge", AFTER, judge.judge),
+    ("pairs", AFTER, pairs.pairs),
+    ("iterate", AFTER, iterate.iterate),
     ("doctor", "This installation", store.doctor),
 )
 
