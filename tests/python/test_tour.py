@@ -62,11 +62,10 @@ def test_notebook_runs_on_a_model_and_data_made_on_the_spot(
 
 
 def win_rates(notebook: Any, comparison: str) -> list[float]:
-    """The win rates in percent that the notebook's cells printed for a comparison."""
+    """The win rates, in percent, that the cells printed for a comparison."""
     texts = [
-        output.text
+        "".join(each.text for each in cell.get("outputs", []) if each.get("name") == "stdout")
         for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.get("name") == "stdout" and output.text.startswith(comparison)
     ]
-    return [float(match[1]) for text in texts if (match := re.search(r"win rate ([\d.]+)", text))]
+    wanted = [text for text in texts if text.startswith(comparison)]
+    return [float(match[1]) for text in wanted if (match := re.search(r"win rate ([\d.]+)", text))]
