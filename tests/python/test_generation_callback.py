@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="the callback belongs to a trainer")
 
@@ -149,6 +154,34 @@ def test_counts_reach_the_reporting_of_the_trainer(tmp_path: pathlib.Path) -> No
     accumulator = EventAccumulator(str(events.parent))
     accumulator.Reload()
     assert "eval/pathologies/repetition" in accumulator.Tags()["scalars"]
+
+
+def on_two_ranks(folder: pathlib.Path, add_or_not: str) -> list[dict[str, float]]:
+    folder.mkdir()
+    script = pathlib.Path(__file__).with_name("generation_two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*command, str(script), str(folder), add_or_not],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    loaded: list[dict[str, float]] = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="this torch is built without gloo"
+)
+def test_first_of_two_ranks_generates_and_the_training_is_the_same(tmp_path: pathlib.Path) -> None:
+    log = on_two_ranks(tmp_path / "with", "add")
+    made = [entry for entry in log if "eval_generations/characters" in entry]
+    assert [entry["step"] for entry in made] == [0, 2, 4]
+    assert len(list((tmp_path / "with" / "generations").glob("*.jsonl"))) == 3
+    assert [e for e in log if e not in made] == on_two_ranks(tmp_path / "without", "")
 
 
 def test_training_without_evaluations_is_warned_of(tmp_path: pathlib.Path) -> None:
