@@ -18,10 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fusedpo
-from fusedpo._precompute import tables
-from fusedpo._precompute.data import load_data
 from fusedpo._precompute.records import Record, keys_of
-from fusedpo._precompute.reference import load_processing_class
 from fusedpo._precompute.run import require_packages
 
 from .run_facts import find_beta
@@ -133,6 +130,11 @@ def score_pairs(
     """
     adapter = (pathlib.Path(policy) / _ADAPTER).is_file()
     require_packages(peft=adapter)
+    # Here, so that a diagnosis without pairs needs none of what these import.
+    from fusedpo._precompute import tables
+    from fusedpo._precompute.data import load_data
+    from fusedpo._precompute.reference import load_processing_class
+
     lengths: dict[str, Any] = {"max_length": max_length, "truncation_mode": truncation_mode}
     dataset = load_data(data, split)
     if not {"chosen", "rejected"} <= set(dataset.column_names):
