@@ -66,6 +66,28 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
         {"prompt": "2+2?", "chosen": [assistant("4")], "rejected": [assistant("5")]},
         SUM,
     ),
+    "whole conversations with a system message, and the question as a text": (
+        "conversational",
+        {"prompt": "2+2?", "chosen": [*CHAT, assistant("4")], "rejected": [*CHAT, assistant("5")]},
+        LONG,
+    ),
+    "whole conversations, and their prompt again": (
+        "conversational",
+        {"prompt": CHAT, "chosen": [*CHAT, assistant("4")], "rejected": [*CHAT, assistant("5")]},
+        LONG,
+    ),
+    "messages with a column for the system": (
+        "conversational",
+        {"system": "Be brief.", "prompt": CHAT[1:], "chosen": [assistant("4")]}
+        | {"rejected": [assistant("5")]},
+        LONG,
+    ),
+    "a system message that is there twice": (
+        "conversational",
+        {"system": "Be brief.", "prompt": CHAT, "chosen": [assistant("4")]}
+        | {"rejected": [assistant("5")]},
+        LONG,
+    ),
     "conversations that part before their end": (
         "conversational",
         {
@@ -102,6 +124,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
         },
         LONG,
     ),
+    "transcripts with a column for the system": (
+        "hh",
+        {"system": "Be brief.", "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4"}
+        | {"rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+        PreferencePair([CHAT[0], user("2+2?")], [assistant("4")], [assistant("5")]),
+    ),
     "transcripts": ("hh", {"chosen": TRANSCRIPT + " 4", "rejected": TRANSCRIPT + " 5"}, LONG),
     "labelled texts": (
         "kto",
@@ -112,6 +140,21 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
         "kto",
         {"prompt": CHAT, "completion": [assistant("5")], "label": 0},
         LabelledCompletion(CHAT, [assistant("5")], False),
+    ),
+    "labelled messages with a column for the system": (
+        "kto",
+        {"system": "Be brief.", "prompt": CHAT[1:], "completion": [assistant("5")], "label": 0},
+        LabelledCompletion(CHAT, [assistant("5")], False),
+    ),
+    "a label as pandas writes it": (
+        "kto",
+        {"prompt": "2+2?", "completion": " 4", "label": 1.0},
+        LabelledCompletion("2+2?", " 4", True),
+    ),
+    "a label as a text of a number": (
+        "kto",
+        {"prompt": "2+2?", "completion": " 5", "label": "0.0"},
+        LabelledCompletion("2+2?", " 5", False),
     ),
     "a labelled conversation": (
         "kto",
@@ -213,6 +256,28 @@ WRONG = {
         {"prompt": [user("a")], "chosen": [], "rejected": [assistant("c")]},
         "chosen must have a message",
     ),
+    "a system message beside texts": (
+        "preference",
+        {**TEXTS, "system": "Be brief."},
+        "a column system needs a prompt of messages",
+    ),
+    "a system message beside labelled texts": (
+        "kto",
+        {"system": "Be brief.", "prompt": "a", "completion": "b", "label": True},
+        "a column system needs a prompt of messages",
+    ),
+    "two system messages": (
+        "sharegpt",
+        {"system": "Be long.", "conversations": CHAT, "chosen": assistant("4")}
+        | {"rejected": assistant("5")},
+        "there must be one system message; got one in the column system and another one",
+    ),
+    "a prompt that the conversations do not begin with": (
+        "conversational",
+        {"prompt": [user("b")], "chosen": [user("a"), assistant("b")]}
+        | {"rejected": [user("a"), assistant("c")]},
+        "chosen must begin with the assistant's message; got the user's",
+    ),
     "another question": (
         "conversational",
         {"prompt": "b", "chosen": [user("a"), assistant("b")]}
@@ -259,7 +324,7 @@ message_like = st.dictionaries(
     st.sampled_from(["role", "content", "from", "value"]), scalars, max_size=3
 )
 anything = scalars | message_like | st.lists(scalars | message_like, max_size=3)
-COLUMNS = sorted(set().union(*(form.columns for form in FORMS.values())))
+COLUMNS = sorted({name for _, record, _ in CASES.values() for name in record})
 
 
 @settings(deadline=None)
@@ -319,6 +384,40 @@ def test_what_a_value_cannot_hold_is_told(tmp_path: pathlib.Path) -> None:
         "chosen[].weight": 1,
         "score": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("record", "lost"),
+    [
+        ({"prompt": "a", "messages": [user("b"), assistant("c")], "label": True}, "prompt"),
+        ({"instruction": "a", "output": "b", "rejected": "c"}, "rejected"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c", "label": True}, "label"),
+        ({"instruction": "a", "output": ["b", "c"], "kto_tag": True}, "kto_tag"),
+    ],
+)
+def test_a_column_of_the_form_that_a_row_does_not_need_is_told(
+    record: dict[str, Any], lost: str, tmp_path: pathlib.Path
+) -> None:
+    assert read_rows(write(tmp_path, [record])).not_carried == {lost: 1}
+
+
+def test_a_few_rows_of_another_form_or_none_are_problems_and_the_others_are_read(
+    tmp_path: pathlib.Path,
+) -> None:
+    odd = [{"chosen": "4", "rejected": "5"}, CASES["a tagged conversation"][1]]
+    loaded = read_rows(write(tmp_path, [TEXTS] * 15 + odd + [TEXTS] * 15))
+    assert (loaded.form, len(loaded.rows)) == ("preference", 30)
+    assert [problem.line for problem in loaded.problems] == [16, 17]
+
+
+def test_texts_that_are_no_transcripts_are_of_no_form(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FormatError, match="no known form"):
+        read_rows(write(tmp_path, [{"chosen": "4", "rejected": "5"}]))
+
+
+def test_names_of_columns_send_nothing_to_the_terminal(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FormatError, match=r"has: a\[U\+001B\]\[2J\."):
+        read_rows(write(tmp_path, [{"a\x1b[2J": 1}]))
 
 
 def test_a_value_of_texts_and_messages_is_refused() -> None:
