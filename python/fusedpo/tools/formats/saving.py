@@ -109,8 +109,8 @@ def _parquet(records: Records, file: BinaryIO, places: Places) -> None:
         try:
             columns[name] = array(values)
         except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):
-            at, error = _first_that_fails(array, values)
-            raise _unwritable(places[at], name, values[at], error, "Parquet") from None
+            at, reason = _first_that_fails(array, values)
+            raise _unwritable(places[at], name, values[at], reason, "Parquet") from None
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
     except pyarrow.ArrowException as error:

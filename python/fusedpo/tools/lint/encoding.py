@@ -61,18 +61,6 @@ class Encoded:
     error: str = ""
 
 
-def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model: a folder, or a name on the Hugging Face Hub."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportError(
-            "counting tokens needs transformers, which is not installed: "
-            'pip install "fusedpo[tools]"'
-        ) from error
-    return AutoTokenizer.from_pretrained(name)
-
-
 def encode(rows: Sequence[Row], tokenizer: Any, limit: Limit) -> list[Encoded]:
     """Tokenise rows as TRL's DPOTrainer does (labelled ones as its KTOTrainer does).
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from fusedpo.tools.formats import read_rows
 from fusedpo.tools.formats.saving import check_output
+from fusedpo.tools.tokenizer import load_tokenizer
 
 from .corpus import Corpus
-from .encoding import Limit, encode, load_tokenizer
+from .encoding import Limit, encode
 from .findings import SEVERITIES, Finding, LintReport
 from .fix import write_without
 from .registry import OPTIONAL, Hits, Rule, examples

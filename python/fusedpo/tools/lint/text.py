@@ -6,22 +6,11 @@ import re
 from collections.abc import Sequence
 
 from fusedpo.tools.formats import Message
+from fusedpo.tools.formats.marks import TURN
 
 # Scripts without spaces: each character counts as a word, or a Chinese text would have a few.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:['\u2019][^\W_{_UNSPACED}]+)*")
-
-# Marks that open a turn. In a completion the text after one belongs to somebody else.
-TURN_OPENS = re.compile(
-    r"(?:^|\n\n)(?:Human|User|Assistant|System):(?=\s|$)"
-    r"|(?:^|\n)### (?:Instruction|Response|Human|User|Assistant):"
-    r"|<\|im_start\|>(?:\w+\n)?|<start_of_turn>(?:\w+\n)?"
-    r"|<\|start_header_id\|>(?:\w+<\|end_header_id\|>)?"
-    r"|\[INST\]|\[/INST\]|<\|(?:user|assistant|system)\|>"
-)
-# Marks that close a turn. A template writes them; a message should not hold them.
-TURN_ENDS = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|<\|end\|>|</s>")
-_TURN = re.compile(f"{TURN_OPENS.pattern}|{TURN_ENDS.pattern}")
 
 
 def words(text: str) -> list[str]:
@@ -60,5 +49,5 @@ def question(prompt: str | Sequence[Message]) -> str:
     """
     if not isinstance(prompt, str):
         return prompt[-1]["content"].strip() if prompt else ""
-    turns = [turn.strip() for turn in _TURN.split(prompt)]
+    turns = [turn.strip() for turn in TURN.split(prompt)]
     return next((turn for turn in reversed(turns) if turn), "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fusedpo.tools.formats.display import excerpt
+
 from ..corpus import Corpus
-from ..registry import EXCERPT, Hits, excerpt, rule
+from ..registry import Hits, rule
 from ..text import words
 
 NEAR = 0.9  # similarity of characters, from rapidfuzz
@@ -72,4 +74,4 @@ def unlike_sides(corpus: Corpus) -> Hits | None:
 
 def _both(sides: tuple[str, ...]) -> str:
     """The beginnings of two texts in one excerpt."""
-    return " | ".join(excerpt(side, EXCERPT // 2 - 2) for side in sides)
+    return " | ".join(excerpt(side, 34) for side in sides)
