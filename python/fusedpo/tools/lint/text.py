@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fusedpo.tools.formats import Message
 from fusedpo.tools.formats.marks import TURN
@@ -31,13 +31,38 @@ def plain(value: str | Sequence[Message]) -> str:
 
 
 def normal(text: str) -> str:
-    """Return the text as it is compared: white space counts once.
+    """Return the text as it is compared for likeness: white space counts once.
 
     Example:
         >>> normal(" two\\n words ")
         'two words'
     """
     return " ".join(text.split())
+
+
+def exact(text: str) -> str:
+    """Return the text as rows are compared before one is removed: only its ends are stripped.
+
+    Example:
+        >>> exact(" if a:\\r\\n    b\\n")
+        'if a:\\n    b'
+    """
+    return text.strip().replace("\r\n", "\n")
+
+
+Key = tuple[tuple[str, str], ...]  # (role, text) of each message; the role of a text is ""
+
+
+def key(value: str | Sequence[Message], compared: Callable[[str], str]) -> Key:
+    """Return what is the same for texts, or messages, that are alike; `compared` is how.
+
+    Example:
+        >>> key([{"role": "user", "content": " Hi"}], normal)
+        (('user', 'Hi'),)
+    """
+    if isinstance(value, str):
+        return (("", compared(value)),)
+    return tuple((message["role"], compared(message["content"])) for message in value)
 
 
 def question(prompt: str | Sequence[Message]) -> str:
