@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
 import pathlib
 from types import SimpleNamespace
 from typing import Any
@@ -193,6 +195,24 @@ def test_what_trl_does_not_read_is_told_and_counted_as_after_a_conversion(
         encode(read_rows(file).rows, tokenizer, Limit(None)) for file in (source, converted)
     )
     assert counted == expected
+
+
+def test_a_label_that_is_a_text_is_told(tmp_path: pathlib.Path) -> None:
+    rows = [{"prompt": "Hi", "completion": "No.", "label": "false"}]
+    finding = lint(write(tmp_path / "data.jsonl", rows)).finding("not_read_by_trl")
+    assert finding is not None
+    assert finding.examples[0].text == "its label is the text 'false'"
+
+
+def test_messages_in_the_cells_of_a_csv_are_told(tmp_path: pathlib.Path) -> None:
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        cells = csv.writer(file)
+        cells.writerow(["prompt", "chosen", "rejected"])
+        parts = (turns("Hi"), turns("Hi", "Yes.")[1:], turns("Hi", "No.")[1:])
+        cells.writerow([json.dumps(each) for each in parts])
+    finding = lint(tmp_path / "data.csv").finding("not_read_by_trl")
+    assert finding is not None
+    assert finding.examples[0].text == "it takes messages in a CSV for texts"
 
 
 def test_an_instruction_that_trl_would_not_see_is_told(tmp_path: pathlib.Path) -> None:

@@ -43,13 +43,16 @@ def why_not(row: Row) -> str:
     missing = [name for name in needed if name not in held]
     if missing:
         return f"there is no column {missing[0]}"
+    of_csv = row.file.lower().endswith(".csv")  # from which TRL's reader makes labels of texts
+    if labelled and isinstance(held["label"], str) and not of_csv:
+        return f"its label is the text {held['label']!r}"
     names = [name for name in ("prompt", *_names(row)) if name in held]
     parts = [held[name] for name in names]
     if all(isinstance(part, str) for part in parts):
         return _why_not_texts(row, parts)
     if not all(isinstance(part, list) and all(map(_is_message, part)) for part in parts):
         return f"{', '.join(names)} must be all texts, or all lists of role and content"
-    if row.file.lower().endswith(".csv"):
+    if of_csv:
         return "it takes messages in a CSV for texts"
     prompt, completions = (parts[0], parts[1:]) if "prompt" in held else ([], parts)
     meant = [[*row.value.prompt, *each] for each in completions_of(row.value)]
