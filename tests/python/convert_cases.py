@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
-from fusedpo.tools.formats import PreferencePair
+from fusedpo.tools.formats import PreferencePair, read_rows
 from fusedpo.tools.formats.templates import TEMPLATES
 from hypothesis import strategies as st
 
@@ -59,3 +61,18 @@ def pairs(draw: st.DrawFn, turns: Any = st.just(1)) -> PreferencePair:  # noqa: 
     """Pairs whose completions have `turns` messages."""
     number = draw(turns)
     return PreferencePair(draw(conversations), draw(_completion(number)), draw(_completion(number)))
+
+
+PAIR = PreferencePair([user("2+2?")], [assistant("4")], [assistant("5")])
+TEXTS = {"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}
+
+
+def write(path: pathlib.Path, rows: list[Any]) -> pathlib.Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def values(path: pathlib.Path) -> list[Any]:
+    loaded = read_rows(path)
+    assert loaded.problems == []
+    return [row.value for row in loaded.rows]

@@ -99,9 +99,13 @@ def chat(prompt: str | Sequence[tuple[str, str]], chosen: str, rejected: str) ->
     turns = [("user", prompt)] if isinstance(prompt, str) else prompt
     return {
         "prompt": [{"role": role, "content": content} for role, content in turns],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
+        "chosen": [answer(chosen)],
+        "rejected": [answer(rejected)],
     }
+
+
+def answer(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
 
 
 def of(kind: str, texts: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
@@ -158,6 +162,7 @@ FRENCH = (
     "Le comité s'est réuni mardi et a décidé de réparer le vieux pont avant l'hiver, parce que "
     "les ingénieurs avaient trouvé de la rouille dans trois de ses piliers."
 )
+ASKED = {"role": "user", "content": Q}
 WORDY = " It is, as far as I can tell after some thought, so that this is indeed the case here."
 LONG_Q = "What is the name of the longest river that flows through the city of Vienna?"
 # A template that renders a prompt alone in another way than before an answer.
@@ -189,6 +194,35 @@ CASES: dict[str, Case] = {
         kind="labels",
         faulty=[labelled(Q, A, True), labelled(Q, A, False), labelled(Q, A, True)],
         clean=[labelled(Q, A, True), labelled(Q, B, False), labelled("Where?", A, False)],
+    ),
+    "not_read_by_trl": Case(
+        kind="messages",
+        faulty=[
+            {**chat(Q, A, B), "prompt": Q},
+            {**chat(Q, A, B), "system": "Be brief."},
+            {"chosen": [ASKED, answer(A)], "rejected": [ASKED, answer(B)], "prompt": [ASKED]},
+            {**chat(Q, A, B), "chosen": answer(A)},
+            {**chat(Q, A, B), "prompt": [{"from": "human", "value": Q}]},
+        ],
+        clean=[
+            chat(Q, A, B),
+            {"chosen": [ASKED, answer(A)], "rejected": [ASKED, answer(B)]},
+            {**chat(Q, A, B), "prompt": [{**ASKED, "weight": 1}], "id": 1, "system": None},
+        ],
+    ),
+    "white_space_alone": Case(
+        faulty=[pair(Q, "if a:\n    b", "if a:\nb"), pair(Q, " They  live.", " They live.")],
+        clean=[pair(Q, A, B), pair(Q, A, A), pair(Q, A, A + " \n"), pair(Q, "a\r\nb", "a\nb")],
+    ),
+    "repeats_but_for_white_space": Case(
+        faulty=[
+            pair(Q, "if a:\n    b", B),
+            pair(Q, "if a:\nb", B),
+            pair(Q, B, "if a:  b"),
+            pair(Q.replace(" ", "  "), "if a:\n    b", B),
+        ],
+        found=3,
+        clean=[pair(Q, A, B), pair(Q, A, B), pair(Q, B, A + " "), pair(Q, A, C)],
     ),
     "cannot_be_tokenised": Case(
         kind="messages",

@@ -205,6 +205,29 @@ def test_failures_are_one_line_exit_code_1_and_json_where_asked(
         assert "Traceback" not in error
 
 
+def test_a_terminal_that_lacks_characters_stops_nothing(tmp_path: pathlib.Path) -> None:
+    row = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "\u00e9\u4e2d": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedpo", "convert", "a.jsonl", "b.jsonl", "--to", "kto"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "not carried over: ?? (1 row)" in done.stdout
+
+
+@pytest.mark.parametrize("length", ["abc", "0", "1.5"])
+def test_a_length_that_is_no_number_of_tokens_is_told(
+    length: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["lint", "a.jsonl", "--max-length", length]) == 2
+    assert 'must be a number of tokens, or "none"' in " ".join(capsys.readouterr().err.split())
+
+
 def test_damage_is_exit_code_1_with_file_and_offset(
     refs: pathlib.Path, fusedpo: Callable[..., Any]
 ) -> None:

@@ -8,8 +8,9 @@ import pytest
 from convert_cases import assistant, conversations, pairs, system, texts, user
 from fusedpo.tools.formats import FormatError, LabelledCompletion, PreferencePair
 from fusedpo.tools.formats.conversations import as_messages, as_texts
+from fusedpo.tools.formats.marks import TURN_OPENS
 from fusedpo.tools.formats.renderers import Plain, TokenizerTemplate, renderer_named
-from fusedpo.tools.formats.templates import TEMPLATES
+from fusedpo.tools.formats.templates import CHATML, TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +75,7 @@ def test_texts_without_marks_become_messages_and_the_same_texts_again(
 ) -> None:
     pair = PreferencePair(prompt, f" {chosen}", f"\n{rejected}")
     value, how = as_messages(pair)
-    assert how == "plain"
+    assert how == ("unknown" if TURN_OPENS.search(prompt) else "plain")
     assert as_texts(value, Plain()) == pair
 
 
@@ -109,6 +110,12 @@ def test_a_content_with_the_marks_of_the_template_is_refused(
 
 READ = {
     "an opening with its space": ("\n\nHuman: a\n\nAssistant: ", "b", "b"),
+    "a BOS before the first turn": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "b<|eot_id|>",
+        "b",
+    ),
     "no space after the opening": ("\n\nHuman:a\n\nAssistant:", "b", "b"),
     "the opening in the completion": ("\n\nHuman: a", "\n\nAssistant: b", "b"),
     "a completion without its end": (
@@ -129,6 +136,13 @@ def test_other_ways_to_write_a_template_are_read(case: str) -> None:
     prompt, completion, content = READ[case]
     value, _ = as_messages(LabelledCompletion(prompt, completion, True))
     assert value == LabelledCompletion([user("a")], [assistant(content)], True)
+
+
+def test_a_content_may_quote_the_marks_of_another_template() -> None:
+    quoted = "What is \n\nHuman: a?"
+    written = as_texts(LabelledCompletion([user(quoted)], [assistant("b")], True), CHATML)
+    value, how = as_messages(written)
+    assert (value.prompt, how) == ([user(quoted)], "chatml")
 
 
 @pytest.mark.parametrize(

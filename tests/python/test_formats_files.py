@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
 import json
 import pathlib
 
@@ -111,7 +113,15 @@ def test_a_row_of_another_width_is_a_problem(tmp_path: pathlib.Path) -> None:
         ("a.json", b'[{"a": 1}\n{"a": 2}]', "a.json:2: must be JSON; a comma or ] must follow"),
         ("a.json", b'[{"a": 1},\n', "a.json:2: must be JSON"),
         ("a.json", b"[{}]\n{}", "a.json:1: must be JSON; something follows the list"),
-        ("a.json", b'{"data": [{}]}', "has no known form"),
+        ("a.json", b'{"data": [{}]}', "If data holds the rows, keep its list alone in the file"),
+        ("a.json", b'{\n"data": [{"a": 1}]\n}', "If data holds the rows, keep its list alone"),
+        ("a.csv", b"prompt,chosen,rejected,prompt\na,b,c,d\n", "names; got 'prompt' twice"),
+        (
+            "a.json",
+            b"[{},\n" + b"[" * 100_000,
+            "a.json:2: must be JSON that can be read; it is nest",
+        ),
+        ("a.json", b'[{"a": ' + b"1" * 5_000 + b"}]", "a.json:1: must have integers of fewer"),
         ("a.csv", b"prompt,chosen\n\xff,b\n", "must be UTF-8"),
         ("a.csv", b'prompt,chosen,rejected\n"a\n', "must be CSV; unexpected end of data"),
         ("a.parquet", b"PAR1", "must be Parquet"),
@@ -132,3 +142,88 @@ def test_a_file_that_cannot_be_read_is_refused(
 def test_a_missing_file_is_told(ending: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"missing{ending}"):
         read_rows(tmp_path / f"missing{ending}")
+
+
+def test_a_row_that_json_would_read_in_two_ways_or_not_at_all_is_a_problem(
+    tmp_path: pathlib.Path,
+) -> None:
+    good = LINES.split("\n")[0]
+    path = tmp_path / "a.jsonl"
+    broken = [
+        '{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}',
+        '{"prompt": [{"role": "user", "role": "system", "content": "b"}]}',
+        "[" * 100_000,
+        '{"id": ' + "1" * 5_000 + "}",
+        '{"score": NaN}',
+    ]
+    path.write_text("\n".join([*broken, good]))
+    loaded = read_rows(path)
+    assert [row.line for row in loaded.rows] == [6]
+    assert [(problem.line, problem.reason) for problem in loaded.problems] == [
+        (1, "must have each name once; got 'prompt' twice"),
+        (2, "must have each name once; got 'role' twice"),
+        (3, "must be JSON that can be read; it is nested too deeply"),
+        (4, "must have integers of fewer digits; one has thousands"),
+        (5, "must be JSON, which has no NaN; write null"),
+    ]
+
+
+def test_one_object_over_several_lines_is_one_row(tmp_path: pathlib.Path) -> None:
+    assert read(tmp_path / "a.json", "\n" + json.dumps(ROWS[0], indent=2)) == (PAIRS[:1], [2])
+
+
+def test_csv_cells_with_messages_are_conversations(tmp_path: pathlib.Path) -> None:
+    prompt = [{"role": "user", "content": 'say "x"'}]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("x", "[y]"))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        cells = csv.writer(file)
+        cells.writerow(["prompt", "chosen", "rejected"])
+        cells.writerow([json.dumps(each) for each in (prompt, chosen, rejected)])
+    loaded = read_rows(tmp_path / "a.csv")
+    assert loaded.form == "conversational"
+    assert loaded.rows[0].value == PreferencePair(prompt, chosen, rejected)
+    text = 'prompt,chosen,rejected\n[1],{},"[{""a"": 1}]"\n'
+    assert read(tmp_path / "b.csv", text)[0] == [PreferencePair("[1]", "{}", '[{"a": 1}]')]
+
+
+def test_csv_cells_with_a_history_are_turns_and_an_empty_one_is_none(
+    tmp_path: pathlib.Path,
+) -> None:
+    text = 'instruction,history,output\na,,b\nc,"[[""d"", ""e""]]",f\n'
+    (tmp_path / "a.csv").write_text(text)
+    loaded = read_rows(tmp_path / "a.csv")
+    assert loaded.problems == []
+    assert [len(row.value.prompt) for row in loaded.rows] == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_columns_that_only_later_rows_have_are_written(name: str, tmp_path: pathlib.Path) -> None:
+    rows = [ROWS[0], {**ROWS[1], "id": 7}, {"score": 0.5, **ROWS[0]}]
+    write_records(rows, tmp_path / name)
+    read_again = [row.record for row in read_rows(tmp_path / name).rows]
+    assert [{k: v for k, v in row.items() if v is not None} for row in read_again] == rows
+    if name == "a.parquet":
+        assert list(read_again[0]) == ["prompt", "chosen", "rejected", "id", "score"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.jsonl", "a\ud83d", "JSON: 'a\\ud83d' ("),
+        ("a.jsonl", float("nan"), "JSON: nan (Out of range float"),
+        ("a.json", datetime.date(2020, 1, 2), "JSON: datetime.date(2020, 1, 2) (Object of type"),
+        ("a.json", b"a", "JSON: b'a' (Object of type bytes"),
+        ("a.parquet", "a\ud83d", "Parquet: 'a\\ud83d' ("),
+        ("a.parquet", ["list"], "Parquet: ['list'] ("),
+    ],
+)
+def test_what_a_file_cannot_hold_is_told_with_its_row_and_column(
+    name: str, value: object, message: str, tmp_path: pathlib.Path
+) -> None:
+    rows = [{"note": "text"}, {"note": None}, {"note": value}, {"note": "text"}]
+    with pytest.raises(FormatError) as refused:
+        write_records(rows, tmp_path / name)
+    told = str(refused.value)
+    assert told.startswith("row 3: the column note cannot be written as " + message)
+    assert "leave the column out, or try ." in told
+    assert list(tmp_path.iterdir()) == []

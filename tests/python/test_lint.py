@@ -18,7 +18,7 @@ pytest.importorskip("rapidfuzz", reason="fusedpo.tools.lint needs the extra tool
 from fusedpo.cli.lint import lint as command
 from fusedpo.tools.lint import RULES, Removed, lint
 from fusedpo.tools.lint.statistics import length_bias
-from lint_cases import CLEAN_TEXTS, A, B, Q, labelled, make_tokenizer, of, pair, write
+from lint_cases import CLEAN_TEXTS, A, B, Q, chat, labelled, make_tokenizer, of, pair, write
 from rich.console import Console
 
 FAULTY = [
@@ -38,7 +38,7 @@ def faulty(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def shown(report: Any) -> str:
-    console = Console(width=300, record=True, file=io.StringIO())
+    console = Console(width=1000, record=True, file=io.StringIO())
     console.print(report.render() if hasattr(report, "render") else report)
     return console.export_text()
 
@@ -49,7 +49,7 @@ def test_a_report_tells_every_finding_with_its_place_and_remedy(faulty: pathlib.
     assert "6 rows, preference; 4 errors, 1 warning, 2 notes" in text
     for finding in report.findings:
         assert finding.rule in text
-        assert finding.advice.split()[0] in text
+        assert finding.advice in text
     assert "faulty.jsonl:4  must be JSON" in text
     assert "faulty.jsonl:6  as line 5" in text
     assert "--tokenizer" in text  # what was not checked
@@ -142,6 +142,63 @@ def test_a_fixed_file_has_nothing_more_to_remove(
     assert report.fixed.removed == ()
     assert not report.failed
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(clean.read_text())
+
+
+def test_fix_removes_nothing_that_differs_in_white_space_within(tmp_path: pathlib.Path) -> None:
+    rows = [
+        pair("Indent.", "if a:\n    b", "if a:\nb"),
+        pair("Indent.", "if a:\nb", "if a:\n    b c"),
+        pair("Indent.", "if a:\nb", "if a:\n        b c"),
+        pair("Indent.", "if a:\n        b c", "if a:\n    b"),
+    ]
+    report = lint(write(tmp_path / "data.jsonl", rows), fix=tmp_path / "clean.jsonl")
+    assert report.fixed is not None
+    assert report.fixed.removed == ()
+    assert {each.rule for each in report.findings} >= {
+        "white_space_alone",
+        "repeats_but_for_white_space",
+    }
+
+
+def test_who_said_it_is_part_of_a_row(tmp_path: pathlib.Path) -> None:
+    rows = [
+        chat([("system", "Be kind."), ("user", "Hi")], A, B),
+        chat([("user", "Be kind.\n\nHi")], B, A),
+        chat([("user", "Be kind."), ("assistant", "Hi"), ("user", "x")], B, A),
+        chat([("user", "Be kind."), ("user", "Hi"), ("user", "x")], A, B),
+    ]
+    report = lint(write(tmp_path / "data.jsonl", rows), fix=tmp_path / "clean.jsonl")
+    assert report.fixed is not None
+    assert report.fixed.removed == ()
+    assert report.finding("duplicate_prompts") is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "reason"),
+    [
+        ([pair(Q, A, A)], "clean.jsonl", "every row has a finding that removes it"),
+        (
+            [pair("x", A, A), {**pair(Q, A, B), "note": "a\ud83d"}],
+            "clean.json",
+            "data.jsonl:2: the column note cannot be written as JSON",
+        ),
+        (
+            [{**pair(Q, A, B), "note": 1}, {**pair("x", A, B), "note": "a"}],
+            "clean.parquet",
+            "data.jsonl:2: the column note cannot be written as Parquet: 'a'",
+        ),
+    ],
+)
+def test_a_copy_that_cannot_be_written_is_told_with_the_report(
+    rows: list[Any], name: str, reason: str, tmp_path: pathlib.Path
+) -> None:
+    report = lint(write(tmp_path / "data.jsonl", rows), fix=tmp_path / name, fail_on="never")
+    assert report.fixed is None
+    assert report.failed
+    assert reason in report.not_fixed
+    assert f"{name} was not written: " in shown(report)
+    assert ("1 row, preference" if len(rows) == 1 else "2 rows, preference") in shown(report)
+    assert not (tmp_path / name).exists()
 
 
 def test_fix_refuses_the_checked_file_and_other_kinds(faulty: pathlib.Path) -> None:

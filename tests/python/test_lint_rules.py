@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import pkgutil
+import time
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("transformers", reason="tokenizers come from transformers")
 pytest.importorskip("rapidfuzz", reason="fusedpo.tools.lint needs the extra tools")
 
 from fusedpo.tools.lint import RULES, LintReport, Rule, lint, rules
+from fusedpo.tools.lint.rules.cycles import _in_circles
 from lint_cases import CASES, CLEAN_TEXTS, Case, make_tokenizer, of, write
 
 
@@ -57,6 +59,14 @@ def test_a_rule_finds_its_fault(name: str, tmp_path: pathlib.Path) -> None:
 def test_a_rule_leaves_data_on_the_border_alone(name: str, tmp_path: pathlib.Path) -> None:
     case = CASES[name]
     assert check(tmp_path, case, case.clean).finding(name) is None
+
+
+def test_a_long_circle_takes_time_in_proportion() -> None:
+    answers = [(("", str(number)),) for number in range(5_000)]
+    circle = {*zip(answers, [*answers[1:], answers[0]], strict=True)}
+    before = time.process_time()
+    assert _in_circles(circle | {(answers[0], (("", "outside"),))}) == circle
+    assert time.process_time() - before < 2  # a search from every answer took ten times that
 
 
 @pytest.mark.parametrize("kind", ["strings", "messages", "labels"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
 import json
 import signal
 import sys
@@ -63,6 +64,9 @@ def command(name: str, function: Callable[..., Result]) -> Callable[..., None]:
 
 
 def _run(name: str, function: Callable[[], Result], as_json: bool, debug: bool) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the encoding of the terminal lacks is shown as ?, and stops nothing.
+        sys.stdout.reconfigure(errors="replace")
     try:
         with _signals_raise():
             result = function()

@@ -18,7 +18,10 @@ def length(text: str | int) -> int:
     """A number of tokens; 0 for "none", as None would mean that nothing was given."""
     if text == "none":
         return 0
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
         raise typer.BadParameter(f'must be a number of tokens, or "none"; got {text}')
     return value

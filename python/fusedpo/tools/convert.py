@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .formats import (
     FormatError,
+    LabelledCompletion,
     Loaded,
     PreferencePair,
     Problem,
@@ -26,6 +27,8 @@ from .formats import (
     from_record,
     read_rows,
 )
+from .formats.display import excerpt, printable
+from .formats.display import rows as rows_of
 from .formats.renderers import Renderer, renderer_named, tokenizer_template
 from .formats.saving import check_output, write_records
 from .formats.targets import PAIRED, check_target, shape, write
@@ -46,7 +49,7 @@ class ConvertReport:
     template: str | None
     rows_read: int
     rows_written: int
-    read_as: dict[str, int]  # template -> rows of texts that became conversations by it
+    read_as: dict[str, int]  # template, plain or unknown -> rows of texts that were read so
     not_carried: dict[str, int]  # column -> rows that had it
     problems: list[Problem]
 
@@ -56,16 +59,18 @@ class ConvertReport:
     def render(self) -> str:
         by = f", template {self.template}" if self.template else ""
         lines = [
-            f"{self.source}: {_rows(self.rows_read)} of {self.form}",
-            f"{self.output}: {_rows(self.rows_written)} of {self.to}{by}",
+            f"{self.source}: {rows_of(self.rows_read)} of {self.form}",
+            f"{self.output}: {rows_of(self.rows_written)} of {self.to}{by}",
         ]
-        lines += [f"{_rows(count)} {_how_read(how)}" for how, count in self.read_as.items()]
+        lines += [f"{rows_of(count)} {_how_read(how)}" for how, count in self.read_as.items()]
         if self.not_carried:
-            names = ", ".join(f"{name} ({_rows(n)})" for name, n in self.not_carried.items())
+            names = ", ".join(
+                f"{excerpt(name)} ({rows_of(n)})" for name, n in self.not_carried.items()
+            )
             lines.append(f"not carried over: {names}")
         if self.problems:
-            lines.append(f"{_rows(len(self.problems))} could not be converted:")
-            lines += [f"  {problem}" for problem in self.problems[:_SHOWN]]
+            lines.append(f"{rows_of(len(self.problems))} could not be converted:")
+            lines += [f"  {printable(str(problem))}" for problem in self.problems[:_SHOWN]]
         if len(self.problems) > _SHOWN:
             lines.append(f"  and {len(self.problems) - _SHOWN} more; --json lists all")
         return "\n".join(lines)
@@ -98,7 +103,8 @@ def convert(
 
     Raises:
         FormatError: no row could be converted, no known form; nothing is written.
-        ValueError, OSError, ImportError: wrong arguments, no such file, a library is missing.
+        TypeError, ValueError, OSError, ImportError: wrong arguments, no such file, a missing
+            library.
     """
     renderer = _renderer(template, tokenizer)
     check_target(to, renderer)
@@ -115,7 +121,8 @@ def convert(
     rows, alone = as_pairs(loaded.rows) if to in PAIRED else (as_labelled(loaded.rows), [])
     problems = [*loaded.problems, *alone]
     records: list[dict[str, Any]] = []
-    read_as: Counter[str] = Counter()
+    # Lines, as a pair may have become two rows.
+    read_as: defaultdict[str, set[tuple[str, int]]] = defaultdict(set)
     for row in rows:
         try:
             value, how = shape(row.value, to, renderer)
@@ -123,8 +130,8 @@ def convert(
         except FormatError as error:
             problems.append(Problem(row.file, row.line, str(error)))
             continue
-        if how not in (None, "messages"):
-            read_as[how] += 1
+        if how is not None and how != "messages":
+            read_as[how].add((row.file, row.line))
     # Once each: what is wrong with a pair may be wrong with both of its completions.
     problems = sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
     if not records:
@@ -138,7 +145,7 @@ def convert(
         template=_template_used(rows, to, renderer),
         rows_read=len(loaded.rows) + len(loaded.problems),
         rows_written=len(records),
-        read_as=dict(read_as),
+        read_as={how: len(lines) for how, lines in read_as.items()},
         not_carried=loaded.not_carried,
         problems=problems,
     )
@@ -162,6 +169,11 @@ def _template_used(rows: list[Row], to: str, renderer: Renderer | None) -> str |
 def _given(values: Iterable[Value], name: str) -> Loaded:
     rows, problems = [], []
     for line, value in enumerate(values, start=1):
+        if not isinstance(value, (PreferencePair, LabelledCompletion)):
+            raise TypeError(
+                "the values must be PreferencePair or LabelledCompletion; got a "
+                f"{type(value).__name__}. from_record(row, form) makes one of a row."
+            )
         record = dict(vars(value))
         try:
             form = _form_of(value)
@@ -182,8 +194,9 @@ def _form_of(value: Value) -> str:
 def _how_read(how: str) -> str:
     if how == "plain":
         return "had no marks of turns: each prompt became one message of the user"
+    if how == "unknown":
+        return (
+            "had marks of turns of a template that is not known here, as [INST] or ### "
+            "Instruction: each prompt became one message of the user"
+        )
     return f"had the marks of {how}"
-
-
-def _rows(count: int) -> str:
-    return f"{count} row" if count == 1 else f"{count} rows"

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fusedpo.tools.formats import FORMS, FormatError
+from fusedpo.tools.formats import FORMS, FormatError, from_record
 from fusedpo.tools.formats.files import read_records
 from fusedpo.tools.generate import Generation, Prompt
 
@@ -134,7 +134,7 @@ def _prompt(row: dict[str, Any], where: str) -> Prompt:
             f"of a form of preference data; got {_short(row)}."
         )
     try:
-        return form.parse(row).prompt
+        return from_record(row, form.name).prompt
     except FormatError as error:
         raise ValueError(f"{where}: {error}.") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .marks import BOS, TURN_OPENS
 from .messages import check_completion, check_prompt
 from .renderers import Renderer
 from .rows import FormatError, LabelledCompletion, Message, PreferencePair, Text, Value
@@ -25,7 +26,8 @@ def as_messages(value: Value) -> tuple[Value, str]:
     """Return the value as lists of messages, and how it was read.
 
     That is "messages" for what is already so, the name of the template whose marks the texts have,
-    and "plain" for texts without marks: the prompt is then one message of the user.
+    "plain" for texts without marks, and "unknown" where the prompt has marks of another template:
+    in both the prompt is one message of the user.
 
     Raises:
         FormatError: marks of a template, but not a whole conversation.
@@ -38,21 +40,26 @@ def as_messages(value: Value) -> tuple[Value, str]:
     if isinstance(value.prompt, list):
         return value, "messages"
     texts = [text for text in completions_of(value) if isinstance(text, str)]
+    text = value.prompt
+    if (bos := BOS.match(text)) is not None:
+        text = text[bos.end() :]
+    begun = next((each for each in TEMPLATES.values() if each.begins(text)), None)
+    if begun is not None:
+        prompt, completions = begun.read(text, texts)
+        check_prompt(prompt, "prompt")
+        for completion in completions:
+            check_completion(completion, "a completion")
+        return with_texts(value, prompt, [*completions]), begun.name
     for template in TEMPLATES.values():
-        if template.begins(value.prompt):
-            prompt, completions = template.read(value.prompt, texts)
-            check_prompt(prompt, "prompt")
-            for completion in completions:
-                check_completion(completion, "a completion")
-            return with_texts(value, prompt, [*completions]), template.name
-        mark = template.mark_in(value.prompt)
+        mark = template.mark_in(text)
         if mark is not None:
             raise FormatError(
                 f"prompt has {mark!r}, a mark of the template {template.name}, and does not begin "
                 f"with one; got {value.prompt[:40]!r}"
             )
     prompt = [_message("user", value.prompt)] if value.prompt else []
-    return with_texts(value, prompt, [[_message("assistant", text)] for text in texts]), "plain"
+    how = "plain" if TURN_OPENS.search(text) is None else "unknown"
+    return with_texts(value, prompt, [[_message("assistant", each)] for each in texts]), how
 
 
 def as_texts(value: Value, renderer: Renderer) -> Value:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from . import parsers
+from .columns import Columns
 from .messages import is_message, is_messages
-from .parsers import Record
 from .rows import Value
+from .templates import HH
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,15 @@ class Form:
 
     name: str
     looks_like: str  # for the message about a file that has no known form
-    columns: frozenset[str]  # all that `parse` may read
-    matches: Callable[[Record], bool]
-    parse: Callable[[Record], Value]  # raises FormatError
+    fits: Callable[[Columns], bool]
+    parse: Callable[[Columns], Value]  # raises FormatError
+
+    def matches(self, record: Mapping[str, Any]) -> bool:
+        """Whether a row looks like this form."""
+        return self.fits(Columns(record))
 
 
-def from_record(record: Record, form: str) -> Value:
+def from_record(record: Mapping[str, Any], form: str) -> Value:
     """Return the value of one row.
 
     Args:
@@ -37,7 +42,7 @@ def from_record(record: Record, form: str) -> Value:
     PreferencePair(prompt=[{'role': 'user', 'content': 'Add.\\n\\n1 1'}], \
 chosen=[{'role': 'assistant', 'content': '2'}], rejected=[{'role': 'assistant', 'content': '3'}])
     """
-    return form_named(form).parse({k: v for k, v in record.items() if v is not None})
+    return form_named(form).parse(Columns(record))
 
 
 def form_named(name: str) -> Form:
@@ -46,11 +51,17 @@ def form_named(name: str) -> Form:
     return FORMS[name]
 
 
-def _are_texts(record: Record, *names: str) -> bool:
+def _are_texts(record: Columns, *names: str) -> bool:
     return all(isinstance(record.get(name), str) for name in names)
 
 
-def _is_kto(record: Record) -> bool:
+def _are_transcripts(record: Columns) -> bool:
+    return _are_texts(record, "chosen", "rejected") and all(
+        HH.begins(record[name]) for name in ("chosen", "rejected")
+    )
+
+
+def _is_kto(record: Columns) -> bool:
     labelled = "label" in record or "kto_tag" in record
     return labelled and (
         ("prompt" in record and "completion" in record)
@@ -59,7 +70,7 @@ def _is_kto(record: Record) -> bool:
     )
 
 
-def _is_pair_of_messages(record: Record) -> bool:
+def _is_pair_of_messages(record: Columns) -> bool:
     return all(
         is_messages(record.get(n)) or is_message(record.get(n)) for n in ("chosen", "rejected")
     )
@@ -71,51 +82,36 @@ FORMS = {
         Form(
             "preference",
             "prompt, chosen, rejected: texts",
-            frozenset(("prompt", "chosen", "rejected")),
             lambda r: _are_texts(r, "prompt", "chosen", "rejected"),
             parsers.preference,
         ),
         Form(
             "conversational",
             "prompt, chosen, rejected: lists of messages (without prompt: whole conversations)",
-            frozenset(("prompt", "chosen", "rejected")),
             lambda r: _is_pair_of_messages(r) and "conversations" not in r,
             parsers.conversational,
         ),
         Form(
             "sharegpt",
             "conversations: a list of messages; chosen, rejected: a message each",
-            frozenset(("conversations", "chosen", "rejected", "system")),
             lambda r: _is_pair_of_messages(r) and is_messages(r.get("conversations")),
             parsers.sharegpt,
         ),
         Form(
             "hh",
             "chosen, rejected: transcripts that begin with \\n\\nHuman:",
-            frozenset(("chosen", "rejected")),
-            lambda r: (
-                _are_texts(r, "chosen", "rejected") and not {"prompt", "instruction"} & set(r)
-            ),
+            lambda r: _are_transcripts(r) and not {"prompt", "instruction"} & set(r),
             parsers.hh,
         ),
         Form(
             "kto",
             "prompt, completion, label; or messages (or conversations) and label",
-            frozenset(
-                ("prompt", "completion", "messages", "conversations", "label", "kto_tag", "system")
-            ),
             _is_kto,
             parsers.kto,
         ),
         Form(
             "instruction",
             "instruction, perhaps input, system, history; and chosen and rejected, or output",
-            frozenset(
-                (
-                    *("instruction", "input", "system", "history", "chosen", "rejected"),
-                    *("output", "label", "kto_tag"),
-                )
-            ),
             lambda r: "instruction" in r and ("output" in r or _are_texts(r, "chosen", "rejected")),
             parsers.instruction,
         ),

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from .columns import Columns
+from .display import listed
 from .messages import check_completion, check_prompt, messages_of, split_conversations, text_of
 from .rows import FormatError, LabelledCompletion, Message, PreferencePair, Value
 from .templates import HH
 
-Record = dict[str, Any]  # a row as it was read; a column that holds nothing is left out
 
-
-def _column(record: Record, name: str) -> Any:
+def _column(record: Columns, name: str) -> Any:
     if name not in record:
-        raise FormatError(f"the column {name} is missing; got {', '.join(record) or 'none'}")
+        raise FormatError(f"the column {name} is missing; got {listed(record) or 'none'}")
     return record[name]
 
 
-def _text(record: Record, name: str) -> str:
+def _text(record: Columns, name: str) -> str:
     return text_of(_column(record, name), name)
 
 
-def _only_one(record: Record, *names: str) -> str:
+def _only_one(record: Columns, *names: str) -> str:
     """Which of several columns for the same thing the record has."""
     found = [name for name in names if name in record]
     if len(found) != 1:
@@ -30,52 +30,57 @@ def _only_one(record: Record, *names: str) -> str:
     return found[0]
 
 
-def _label(record: Record) -> bool:
+def _label(record: Columns) -> bool:
     name = _only_one(record, "label", "kto_tag")
     value = record[name]
-    known = {"true": True, "1": True, "false": False, "0": False}
-    label = known.get(str(value).lower()) if isinstance(value, (bool, int, str)) else None
-    if label is None:
-        raise FormatError(f"{name} must be true or false, or 1 or 0; got {value!r}")
-    return label
+    if isinstance(value, (str, bool, int, float)):
+        for label, names in ((True, ("true", "1", "1.0")), (False, ("false", "0", "0.0"))):
+            if str(value).strip().lower() in names:
+                return label
+    raise FormatError(f"{name} must be true or false, or 1 or 0; got {value!r}")
 
 
-def preference(record: Record) -> PreferencePair:
+def preference(record: Columns) -> PreferencePair:
+    _refuse_system(record)
     return PreferencePair(*(_text(record, name) for name in ("prompt", "chosen", "rejected")))
 
 
-def conversational(record: Record) -> PreferencePair:
+def conversational(record: Columns) -> PreferencePair:
     chosen, rejected = (messages_of(_column(record, n), n) for n in ("chosen", "rejected"))
     given = record.get("prompt")
-    if isinstance(given, str) and not any(
-        m["role"] == "user" for m in (*chosen[:1], *rejected[:1])
-    ):
+    whole = any(turns and turns[0]["role"] != "assistant" for turns in (chosen, rejected))
+    if given is None or (whole and isinstance(given, str)):
+        prompt, chosen, rejected = split_conversations(chosen, rejected)
+        if given is not None and given not in [message["content"] for message in prompt]:
+            raise FormatError(
+                "chosen and rejected are whole conversations, so prompt must repeat one of their "
+                f"messages; got {given[:40]!r}"
+            )
+        return PreferencePair(_with_system(record, prompt), chosen, rejected)
+    if isinstance(given, str):
         given = [{"role": "user", "content": given}]
-    if given is not None and not isinstance(given, str):
-        return PreferencePair(
-            check_prompt(messages_of(given, "prompt"), "prompt"),
-            check_completion(chosen, "chosen"),
-            check_completion(rejected, "rejected"),
-        )
-    prompt, chosen, rejected = split_conversations(chosen, rejected)
-    if given is not None and given not in [message["content"] for message in prompt]:
-        raise FormatError(
-            "chosen and rejected are whole conversations, so prompt must repeat one of their "
-            f"messages; got {given[:40]!r}"
-        )
-    return PreferencePair(prompt, chosen, rejected)
+    prompt = check_prompt(messages_of(given, "prompt"), "prompt")
+    chosen, rejected = (
+        turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
+        for turns in (chosen, rejected)
+    )
+    return PreferencePair(
+        _with_system(record, prompt),
+        check_completion(chosen, "chosen"),
+        check_completion(rejected, "rejected"),
+    )
 
 
-def sharegpt(record: Record) -> PreferencePair:
+def sharegpt(record: Columns) -> PreferencePair:
     prompt = messages_of(_column(record, "conversations"), "conversations")
     return PreferencePair(
-        check_prompt([*_system(record), *prompt], "conversations"),
+        check_prompt(_with_system(record, prompt), "conversations"),
         check_completion(messages_of(_column(record, "chosen"), "chosen"), "chosen"),
         check_completion(messages_of(_column(record, "rejected"), "rejected"), "rejected"),
     )
 
 
-def hh(record: Record) -> PreferencePair:
+def hh(record: Columns) -> PreferencePair:
     transcripts = []
     for name in ("chosen", "rejected"):
         turns = HH.parse(_text(record, name))
@@ -85,19 +90,21 @@ def hh(record: Record) -> PreferencePair:
                 f"got {record[name][:40]!r}. Plain texts need a column prompt"
             )
         transcripts.append(turns)
-    return PreferencePair(*split_conversations(*transcripts))
+    prompt, chosen, rejected = split_conversations(*transcripts)
+    return PreferencePair(_with_system(record, prompt), chosen, rejected)
 
 
-def kto(record: Record) -> LabelledCompletion:
+def kto(record: Columns) -> LabelledCompletion:
     label = _label(record)
     name = _only_one(record, "completion", "messages", "conversations")
     if name == "completion":
         if isinstance(_column(record, "prompt"), str):
+            _refuse_system(record)
             return LabelledCompletion(_text(record, "prompt"), _text(record, "completion"), label)
-        prompt = messages_of(record["prompt"], "prompt")
+        prompt = _with_system(record, messages_of(record["prompt"], "prompt"))
         completion = messages_of(record["completion"], "completion")
     else:
-        turns = [*_system(record), *messages_of(_column(record, name), name)]
+        turns = _with_system(record, messages_of(_column(record, name), name))
         prompt, completion = turns[:-1], turns[-1:]
     return LabelledCompletion(
         check_prompt(prompt, "what comes before the completion"),
@@ -106,12 +113,11 @@ def kto(record: Record) -> LabelledCompletion:
     )
 
 
-def instruction(record: Record) -> Value:
+def instruction(record: Columns) -> Value:
     prompt = _instruction_prompt(record)
-    output = record.get("output")
     if _only_one(record, "chosen", "output") == "chosen":
         answers = [_text(record, "chosen"), _text(record, "rejected")]
-    elif isinstance(output, list):
+    elif isinstance(output := record["output"], list):
         if len(output) != 2:
             raise FormatError(f"output must have two answers, the better first; got {len(output)}")
         answers = [text_of(answer, f"output[{index}]") for index, answer in enumerate(output)]
@@ -122,9 +128,9 @@ def instruction(record: Record) -> Value:
     return PreferencePair(prompt, *(_answer(answer) for answer in answers))
 
 
-def _instruction_prompt(record: Record) -> list[Message]:
-    turns = _system(record)
-    history = record.get("history", [])
+def _instruction_prompt(record: Columns) -> list[Message]:
+    turns = _with_system(record, [])
+    history = record.get("history") or []  # an empty cell of a CSV is a text
     if not isinstance(history, list) or any(
         not isinstance(h, list) or len(h) != 2 for h in history
     ):
@@ -142,6 +148,24 @@ def _answer(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _system(record: Record) -> list[Message]:
-    """The system message that some files keep in a column of its own."""
-    return [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
+def _with_system(record: Columns, turns: list[Message]) -> list[Message]:
+    """The turns after the system message that some files keep in a column of its own."""
+    if not record.get("system"):
+        return turns
+    system = {"role": "system", "content": _text(record, "system")}
+    if not turns or turns[0]["role"] != "system":
+        return [system, *turns]
+    if turns[0] != system:
+        raise FormatError(
+            "there must be one system message; got one in the column system and another one in "
+            "the messages"
+        )
+    return turns
+
+
+def _refuse_system(record: Columns) -> None:
+    if record.get("system"):
+        raise FormatError(
+            "a column system needs a prompt of messages, as texts have no roles; write prompt and "
+            "completions as messages, or put the system's text into prompt"
+        )

@@ -6,13 +6,16 @@ import os
 from collections import Counter
 from typing import Any
 
+from .columns import Columns
+from .display import excerpt, listed
 from .files import read_records
 from .forms import FORMS, Form, form_named
-from .messages import KEYS
-from .parsers import Record
+from .messages import is_messages
 from .rows import FormatError, Loaded, Problem, Row
 
-_MESSAGE_KEYS = {key for keys in KEYS for key in keys}
+Record = dict[str, Any]
+# Share of the rows: so few of another form are mistakes in one data set, and no second one.
+_FEW = 0.1
 
 
 def read_rows(path: str | os.PathLike[str], form: str | None = None) -> Loaded:
@@ -53,33 +56,30 @@ def read_rows(path: str | os.PathLike[str], form: str | None = None) -> Loaded:
     rows = []
     not_carried: Counter[str] = Counter()
     for line, record in records:
+        columns = Columns(record)
         try:
-            row = Row(chosen_form.parse(_present(record)), file, line, record)
+            row = Row(chosen_form.parse(columns), file, line, record)
         except FormatError as error:
             problems.append(Problem(file, line, str(error)))
             continue
         rows.append(row)
-        not_carried.update(_not_carried(_present(record), chosen_form))
+        not_carried.update(columns.unread())
     problems.sort(key=lambda problem: problem.line)
     return Loaded(chosen_form.name, rows, problems, dict(not_carried))
-
-
-def _present(record: Record) -> Record:
-    """A column that holds nothing is as good as none."""
-    return {name: value for name, value in record.items() if value is not None}
 
 
 def _recognise(file: str, records: list[tuple[int, Record]]) -> Form:
     first_lines: dict[tuple[str, ...], int] = {}
     counts: Counter[tuple[str, ...]] = Counter()
     for line, record in records:
-        names = tuple(form.name for form in FORMS.values() if form.matches(_present(record)))
+        names = tuple(form.name for form in FORMS.values() if form.matches(record))
         if names:
             counts[names] += 1
             first_lines.setdefault(names, line)
     if not counts:
         raise FormatError(_unknown(file, *records[0]))
-    if len(counts) > 1 or len(next(iter(counts))) > 1:
+    names, count = counts.most_common(1)[0]
+    if len(names) > 1 or counts.total() - count > _FEW * counts.total():
         seen = "; ".join(
             f"{' or '.join(names)} in {counts[names]}, the first in line {first_lines[names]}"
             for names in counts
@@ -88,32 +88,20 @@ def _recognise(file: str, records: list[tuple[int, Record]]) -> Form:
             f"all rows of {file} must have one form; got {seen}. Name the form that is meant "
             "(--from); rows that are not of it are reported."
         )
-    return FORMS[next(iter(counts))[0]]
+    return FORMS[names[0]]
 
 
 def _unknown(file: str, line: int, record: Record) -> str:
     looked_for = "\n".join(f"  {form.name}: {form.looks_like}" for form in FORMS.values())
     return (
         f"{file} has no known form. Its first row (line {line}) has: "
-        f"{', '.join(record) or 'no columns'}. Looked for:\n{looked_for}\n"
-        "Rename the columns, or name the form (--from) to see what is wrong in each row."
+        f"{listed(record) or 'no columns'}. Looked for:\n{looked_for}\n{_remedy(record)}"
     )
 
 
-def _not_carried(record: Record, form: Form) -> set[str]:
-    """Names of what a row has and its value does not hold: columns, and keys of messages."""
-    names = set(record) - form.columns
-    for column in set(record) & form.columns:
-        names.update(f"{column}[].{key}" for key in _other_keys(record[column]))
-    return names
-
-
-def _other_keys(value: Any) -> set[str]:
-    messages = value if isinstance(value, list) else [value]
-    return {
-        key
-        for message in messages
-        if isinstance(message, dict)
-        for key, held in message.items()
-        if key not in _MESSAGE_KEYS and held is not None
-    }
+def _remedy(record: Record) -> str:
+    for name, value in record.items():
+        holds_rows = isinstance(value, list) and value and isinstance(value[0], dict)
+        if holds_rows and not is_messages(value):
+            return f"If {excerpt(name)} holds the rows, keep its list alone in the file."
+    return "Rename the columns, or name the form (--from) to see what is wrong in each row."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from ..tokenizer import load_tokenizer
 from .rows import FormatError, Message
 from .templates import TEMPLATES
 
@@ -110,10 +111,4 @@ def tokenizer_template(name_or_path: str) -> TokenizerTemplate:
     Raises:
         ImportError, OSError, ValueError: no transformers, no such tokenizer, no template.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportError(
-            'a tokenizer\'s chat template needs transformers; pip install "fusedpo[trl]"'
-        ) from error
-    return TokenizerTemplate(AutoTokenizer.from_pretrained(name_or_path))
+    return TokenizerTemplate(load_tokenizer(name_or_path))

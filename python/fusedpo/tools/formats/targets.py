@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .conversations import as_messages, as_texts
+from .forms import from_record
 from .renderers import Renderer
 from .rows import FormatError, Message, PreferencePair, Value
 from .templates import HH
@@ -92,7 +93,13 @@ def _hh(value: Any) -> dict[str, Any]:
     if not value.prompt:
         raise FormatError("hh must have a prompt, or its transcripts share no turn; got none")
     prompt, (chosen, rejected) = HH.render(value.prompt, [value.chosen, value.rejected])
-    return {"chosen": prompt + chosen, "rejected": prompt + rejected}
+    record = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+    if from_record(record, "hh") != value:
+        raise FormatError(
+            "hh tells a prompt by the turns that chosen and rejected share; got completions that "
+            "begin with the same turns, which would become part of the prompt"
+        )
+    return record
 
 
 def _kto(value: Any) -> dict[str, Any]:

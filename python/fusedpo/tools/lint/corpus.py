@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from fusedpo.tools.formats import PreferencePair, Problem, Row, Text
+from fusedpo.tools.formats import PreferencePair, Problem, Row
+from fusedpo.tools.formats.conversations import completions_of
 
 from .encoding import Encoded, Limit
 from .languages import detect
-from .text import normal, plain, question, words
+from .text import Key, exact, key, normal, plain, question, words
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Entry:
     completions: tuple[str, ...]
     label: bool | None
     row: Row
+
+
+class RowKey(NamedTuple):
+    """What is the same for rows that are alike: by prompt, and by completions."""
+
+    prompt: Key
+    sides: tuple[Key, ...]
 
 
 class Corpus:
@@ -102,13 +111,23 @@ class Corpus:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """Every prompt as it is compared."""
+        """Every prompt with white space counted once; roles do not show."""
         return [normal(entry.prompt) for entry in self.entries]
 
     @cached_property
     def answers(self) -> list[tuple[str, ...]]:
-        """Every row's completions as they are compared."""
+        """Every row's completions with white space counted once."""
         return [tuple(normal(text) for text in entry.completions) for entry in self.entries]
+
+    @cached_property
+    def keys(self) -> list[RowKey]:
+        """What each row is, with its roles and line structure: for rules that remove rows."""
+        return self._keys(exact)
+
+    @cached_property
+    def loose_keys(self) -> list[RowKey]:
+        """The same where white space counts once."""
+        return self._keys(normal)
 
     @cached_property
     def word_counts(self) -> np.ndarray:
@@ -139,10 +158,20 @@ class Corpus:
     @cached_property
     def by_prompt(self) -> list[list[int]]:
         """The rows of every prompt, in order."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(self.prompts):
-            groups[prompt].append(index)
+        groups: dict[Key, list[int]] = defaultdict(list)
+        for index, each in enumerate(self.loose_keys):
+            groups[each.prompt].append(index)
         return list(groups.values())
+
+    def _keys(self, compared: Callable[[str], str]) -> list[RowKey]:
+        values = [entry.row.value for entry in self.entries]
+        return [
+            RowKey(
+                key(value.prompt, compared),
+                tuple(key(side, compared) for side in completions_of(value)),
+            )
+            for value in values
+        ]
 
     def _by_side(self, counts: Sequence[Sequence[int]]) -> np.ndarray:
         # The shape holds without rows, too.
@@ -151,17 +180,12 @@ class Corpus:
 
 def _entry(row: Row) -> Entry:
     value = row.value
-    sides: tuple[Text, ...]
-    if isinstance(value, PreferencePair):
-        sides, label = (value.chosen, value.rejected), None
-    else:
-        sides, label = (value.completion,), value.label
     return Entry(
         file=row.file,
         line=row.line,
         prompt=plain(value.prompt),
         question=question(value.prompt),
-        completions=tuple(map(plain, sides)),
-        label=label,
+        completions=tuple(map(plain, completions_of(value))),
+        label=None if isinstance(value, PreferencePair) else value.label,
         row=row,
     )

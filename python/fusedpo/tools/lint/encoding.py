@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusedpo.tools.formats import LabelledCompletion, PreferencePair, Row
+from fusedpo.tools.formats import LabelledCompletion, Row
+
+from .trl_rows import Parts, read_by_trl
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 _BATCH = 128  # rows; three texts each
@@ -61,18 +63,6 @@ class Encoded:
     error: str = ""
 
 
-def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model: a folder, or a name on the Hugging Face Hub."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportError(
-            "counting tokens needs transformers, which is not installed: "
-            'pip install "fusedpo[tools]"'
-        ) from error
-    return AutoTokenizer.from_pretrained(name)
-
-
 def encode(rows: Sequence[Row], tokenizer: Any, limit: Limit) -> list[Encoded]:
     """Tokenise rows as TRL's DPOTrainer does (labelled ones as its KTOTrainer does).
 
@@ -82,7 +72,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, limit: Limit) -> list[Encoded]:
         limit: where sequences are cut.
 
     Returns:
-        One `Encoded` for each row.
+        One `Encoded` for each row; where TRL does not read the row, as after a conversion.
 
     Raises:
         ValueError: labelled rows, and a truncation that KTOTrainer does not know.
@@ -95,7 +85,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, limit: Limit) -> list[Encoded]:
         )
     found: list[Encoded] = []
     for start in range(0, len(rows), _BATCH):
-        texts = [_texts(row.value, tokenizer) for row in rows[start : start + _BATCH]]
+        texts = [_texts(read_by_trl(row), tokenizer) for row in rows[start : start + _BATCH]]
         ids = _ids(texts, tokenizer)
         for each in texts:
             if each.error:
@@ -117,20 +107,17 @@ class _Texts:
     error: str = ""
 
 
-def _texts(value: PreferencePair | LabelledCompletion, tokenizer: Any) -> _Texts:
-    if isinstance(value, PreferencePair):
-        completions = [value.chosen, value.rejected]
-    else:
-        completions = [value.completion]
-    count = len(completions)
-    if isinstance(value.prompt, str):
+def _texts(parts: Parts, tokenizer: Any) -> _Texts:
+    count = len(parts.completions)
+    if isinstance(parts.prompt, str):
         eos = tokenizer.eos_token
         if eos is None:
             return _Texts(count, error="the tokenizer has no end-of-sequence token")
-        ended = [str(each) if str(each).endswith(eos) else f"{each}{eos}" for each in completions]
-        return _Texts(count, (value.prompt, *(value.prompt + each for each in ended)))
-    prompt = list(value.prompt)
-    conversations = [[*prompt, *each] for each in completions if not isinstance(each, str)]
+        plain = [str(each) for each in parts.completions]
+        ended = [each if each.endswith(eos) else f"{each}{eos}" for each in plain]
+        return _Texts(count, (parts.prompt, *(parts.prompt + each for each in ended)))
+    prompt = list(parts.prompt)
+    conversations = [[*prompt, *each] for each in parts.completions if not isinstance(each, str)]
     render = tokenizer.apply_chat_template
     try:
         texts = (

@@ -77,10 +77,12 @@ class LintReport:
         rows: rows that could be read; unreadable ones are a finding.
         findings: errors first, then warnings, then notes.
         lengths: word lengths, and token lengths where a tokenizer was given.
-        languages: share of rows in each language.
+        languages: share of the completions in each language, the most frequent first.
         not_checked: rules that something is missing for, with what it is.
-        failed: there is a finding at least as severe as `fail_on`.
+        failed: there is a finding at least as severe as `fail_on`, or the cleaned file could not be
+            written.
         fixed: the cleaned file, where one was asked for.
+        not_fixed: why it could not be written, else "".
     """
 
     data: str
@@ -92,6 +94,7 @@ class LintReport:
     not_checked: Mapping[str, str]
     failed: bool
     fixed: Fixed | None = None
+    not_fixed: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it."""

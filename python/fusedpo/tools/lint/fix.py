@@ -21,10 +21,13 @@ def write_without(corpus: Corpus, rules: Mapping[int, Sequence[str]], path: str)
         path: a .jsonl, .json or .parquet file; it appears whole or not at all.
 
     Raises:
-        ValueError, OSError: see `fusedpo.tools.formats.write_records`.
+        ValueError, OSError: no row is left; see `fusedpo.tools.formats.write_records`.
     """
-    kept = [entry.row.record for index, entry in enumerate(corpus.entries) if index not in rules]
-    write_records(kept, path)
+    kept = [entry for index, entry in enumerate(corpus.entries) if index not in rules]
+    if not kept:
+        raise ValueError("every row has a finding that removes it, and a file must have one row")
+    places = [f"{entry.file}:{entry.line}" for entry in kept]
+    write_records([entry.row.record for entry in kept], path, places)
     removed = [
         Removed(entry.file, entry.line, tuple(rules[index]))
         for index, entry in enumerate(corpus.entries)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fusedpo.tools.formats.display import excerpt
+
 from .findings import Example, Severity
 
 if TYPE_CHECKING:
     from .corpus import Corpus
 
 EXAMPLES_SHOWN = 3
-EXCERPT = 72  # characters
-_JOINERS = "\u200c\u200d"  # Persian, Hindi and emoji need them
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,3 @@ def examples(corpus: Corpus, hits: Hits) -> tuple[Example, ...]:
         text = hits.notes.get(index) or entry.completions[0] or entry.prompt
         shown.append(Example(entry.file, entry.line, excerpt(text)))
     return tuple(shown)
-
-
-def excerpt(text: str, length: int = EXCERPT) -> str:
-    """Return the beginning of a text in one line, about `length` characters, safe for a terminal.
-
-    Example:
-        >>> excerpt("a\\x1b[2Jb  and\\u200b more words", 14)
-        'a[U+001B][2Jb and[U+200B] m…'
-    """
-    line = " ".join(text[: 4 * length].split())
-    cut = line if len(line) <= length else line[: length - 1] + "…"
-    return "".join(
-        each if each.isprintable() or each in _JOINERS else f"[U+{ord(each):04X}]" for each in cut
-    )

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from fusedpo.tools.formats.display import printable, rows
+
 from .findings import Finding, Fixed, LintReport, Severity
 from .statistics import Lengths
 
@@ -24,13 +26,16 @@ def render(report: LintReport) -> Any:
         for severity in _STYLES
         if counts[severity]
     )
-    parts: list[Any] = [f"{report.data}: {report.rows} rows, {report.form}; {told or 'no finding'}"]
+    parts: list[Any] = [
+        f"{report.data}: {rows(report.rows)}, {report.form}; {told or 'no finding'}"
+    ]
     parts += [_length_table(report.lengths), *_biases(report.lengths), _languages(report)]
     if report.findings:
         parts.append(_finding_table(report.findings))
     parts += _not_checked(report)
     if report.fixed is not None:
         parts.append(_fixed(report.fixed))
+    parts.append(printable(report.not_fixed))
     return Group(*(_plain(part) if isinstance(part, str) else part for part in parts if part))
 
 
@@ -71,7 +76,9 @@ def _languages(report: LintReport) -> str:
         for code, share in list(report.languages.items())[:_LANGUAGES_SHOWN]
     ]
     more = len(report.languages) - len(shown)
-    return "languages: " + ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    return (
+        "languages of completions: " + ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    )
 
 
 def _finding_table(findings: Sequence[Finding]) -> Any:

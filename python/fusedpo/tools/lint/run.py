@@ -9,9 +9,10 @@ from typing import Any
 
 from fusedpo.tools.formats import read_rows
 from fusedpo.tools.formats.saving import check_output
+from fusedpo.tools.tokenizer import load_tokenizer
 
 from .corpus import Corpus
-from .encoding import Limit, encode, load_tokenizer
+from .encoding import Limit, encode
 from .findings import SEVERITIES, Finding, LintReport
 from .fix import write_without
 from .registry import OPTIONAL, Hits, Rule, examples
@@ -45,7 +46,7 @@ def lint(
             .parquet).
 
     Returns:
-        A `LintReport`.
+        A `LintReport`; `not_fixed` tells why the copy could not be written.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no known form, pairs and labelled rows in one
@@ -92,6 +93,12 @@ def lint(
                 removable.setdefault(index, []).append(rule.name)
     findings.sort(key=lambda each: SEVERITIES.index(each.severity))
     worst = SEVERITIES[: SEVERITIES.index(fail_on) + 1] if fail_on != "never" else ()
+    fixed, not_fixed = None, ""
+    if fix is not None:
+        try:
+            fixed = write_without(corpus, removable, os.fspath(fix))
+        except (ValueError, OSError, ImportError) as error:
+            not_fixed = f"{os.fspath(fix)} was not written: {error}"  # the findings are still told
     return LintReport(
         data=os.fspath(data),
         form=loaded.form,
@@ -100,13 +107,14 @@ def lint(
         lengths=_lengths(corpus),
         languages=_languages(corpus),
         not_checked=not_checked,
-        failed=any(each.severity in worst for each in findings),
-        fixed=None if fix is None else write_without(corpus, removable, os.fspath(fix)),
+        failed=bool(not_fixed) or any(each.severity in worst for each in findings),
+        fixed=fixed,
+        not_fixed=not_fixed,
     )
 
 
 def _require_libraries() -> None:
-    needed = ("rapidfuzz", "py3langid")
+    needed = ("rapidfuzz", "py3langid", "networkx")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(

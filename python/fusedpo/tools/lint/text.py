@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fusedpo.tools.formats import Message
+from fusedpo.tools.formats.marks import TURN
 
 # Scripts without spaces: each character counts as a word, or a Chinese text would have a few.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:['\u2019][^\W_{_UNSPACED}]+)*")
-
-# Marks that open a turn. In a completion the text after one belongs to somebody else.
-TURN_OPENS = re.compile(
-    r"(?:^|\n\n)(?:Human|User|Assistant|System):(?=\s|$)"
-    r"|(?:^|\n)### (?:Instruction|Response|Human|User|Assistant):"
-    r"|<\|im_start\|>(?:\w+\n)?|<start_of_turn>(?:\w+\n)?"
-    r"|<\|start_header_id\|>(?:\w+<\|end_header_id\|>)?"
-    r"|\[INST\]|\[/INST\]|<\|(?:user|assistant|system)\|>"
-)
-# Marks that close a turn. A template writes them; a message should not hold them.
-TURN_ENDS = re.compile(r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|<\|end\|>|</s>")
-_TURN = re.compile(f"{TURN_OPENS.pattern}|{TURN_ENDS.pattern}")
 
 
 def words(text: str) -> list[str]:
@@ -42,13 +31,38 @@ def plain(value: str | Sequence[Message]) -> str:
 
 
 def normal(text: str) -> str:
-    """Return the text as it is compared: white space counts once.
+    """Return the text as it is compared for likeness: white space counts once.
 
     Example:
         >>> normal(" two\\n words ")
         'two words'
     """
     return " ".join(text.split())
+
+
+def exact(text: str) -> str:
+    """Return the text as rows are compared before one is removed: only its ends are stripped.
+
+    Example:
+        >>> exact(" if a:\\r\\n    b\\n")
+        'if a:\\n    b'
+    """
+    return text.strip().replace("\r\n", "\n")
+
+
+Key = tuple[tuple[str, str], ...]  # (role, text) of each message; the role of a text is ""
+
+
+def key(value: str | Sequence[Message], compared: Callable[[str], str]) -> Key:
+    """Return what is the same for texts, or messages, that are alike; `compared` is how.
+
+    Example:
+        >>> key([{"role": "user", "content": " Hi"}], normal)
+        (('user', 'Hi'),)
+    """
+    if isinstance(value, str):
+        return (("", compared(value)),)
+    return tuple((message["role"], compared(message["content"])) for message in value)
 
 
 def question(prompt: str | Sequence[Message]) -> str:
@@ -60,5 +74,5 @@ def question(prompt: str | Sequence[Message]) -> str:
     """
     if not isinstance(prompt, str):
         return prompt[-1]["content"].strip() if prompt else ""
-    turns = [turn.strip() for turn in _TURN.split(prompt)]
+    turns = [turn.strip() for turn in TURN.split(prompt)]
     return next((turn for turn in reversed(turns) if turn), "")

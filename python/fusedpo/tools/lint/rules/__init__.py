@@ -9,8 +9,14 @@ from .labels import unbalanced_labels
 from .language import language_differs, mixed_languages
 from .leaks import prompt_at_start, prompt_inside, turn_marks
 from .length import length_bias
-from .likeness import identical_sides, near_identical_sides, unlike_sides
-from .repeats import contradicting_labels, contradicting_pairs, duplicate_prompts, duplicate_rows
+from .likeness import identical_sides, near_identical_sides, unlike_sides, white_space_alone
+from .repeats import (
+    contradicting_labels,
+    contradicting_pairs,
+    duplicate_prompts,
+    duplicate_rows,
+    repeats_but_for_white_space,
+)
 from .rows import (
     empty_completions,
     empty_prompts,
@@ -18,7 +24,14 @@ from .rows import (
     short_completions,
     unreadable_rows,
 )
-from .template import cannot_be_tokenised, double_bos, missing_eos, odd_turns, prompt_is_no_prefix
+from .template import (
+    cannot_be_tokenised,
+    double_bos,
+    missing_eos,
+    not_read_by_trl,
+    odd_turns,
+    prompt_is_no_prefix,
+)
 from .truncation import cut_by_max_length, dropped_by_max_length, same_when_cut
 
 _IN_ORDER = (
@@ -29,9 +42,12 @@ _IN_ORDER = (
     contradicting_labels,
     cannot_be_tokenised,
     missing_eos,
+    not_read_by_trl,
     empty_prompts,
     circular_preferences,
     duplicate_rows,
+    repeats_but_for_white_space,
+    white_space_alone,
     near_identical_sides,
     unlike_sides,
     length_bias,

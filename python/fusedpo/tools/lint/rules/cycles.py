@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 
 from ..corpus import Corpus
 from ..registry import Hits, rule
+from ..text import Key
 
-Edge = tuple[str, str]  # chosen, rejected
+Edge = tuple[Key, Key]  # chosen, rejected
 
 
 @rule(
@@ -22,7 +22,7 @@ def circular_preferences(corpus: Corpus) -> Hits | None:
     for group in corpus.by_prompt:
         rows: dict[Edge, list[int]] = defaultdict(list)
         for index in group:
-            chosen, rejected = corpus.answers[index]
+            chosen, rejected = corpus.loose_keys[index].sides
             rows[chosen, rejected].append(index)
         # Two rows that contradict each other are no circle; another rule has them.
         edges = {(a, b) for a, b in rows if (b, a) not in rows}
@@ -34,23 +34,11 @@ def circular_preferences(corpus: Corpus) -> Hits | None:
 
 
 def _in_circles(edges: set[Edge]) -> set[Edge]:
-    """The edges that are part of a circle."""
-    before = None
-    while edges and edges != before:  # what nothing leads to, or from, is in none
-        before = edges
-        starts, ends = {a for a, _ in edges}, {b for _, b in edges}
-        edges = {(a, b) for a, b in edges if a in ends and b in starts}
-    following: dict[str, list[str]] = defaultdict(list)
-    for a, b in edges:
-        following[a].append(b)
-    reachable = {b: _reachable(b, following) for b in following}
-    return {(a, b) for a, b in edges if a in reachable[b]}
+    """The edges that are part of a circle: those within a strongly connected component."""
+    if len(edges) < 3:  # as of nearly every prompt
+        return set()
+    import networkx
 
-
-def _reachable(start: str, following: Mapping[str, Iterable[str]]) -> set[str]:
-    seen, waiting = {start}, [start]
-    while waiting:
-        new = set(following.get(waiting.pop(), ())) - seen
-        seen |= new
-        waiting += new
-    return seen
+    found = networkx.strongly_connected_components(networkx.DiGraph(edges))
+    component = {answer: number for number, answers in enumerate(found) for answer in answers}
+    return {(a, b) for a, b in edges if component[a] == component[b]}

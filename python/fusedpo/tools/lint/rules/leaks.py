@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fusedpo.tools.formats.marks import TURN_ENDS, TURN_OPENS
+
 from ..corpus import Corpus
 from ..registry import Hits, rule
-from ..text import TURN_ENDS, TURN_OPENS, normal
+from ..text import normal
 
 # Characters; a shorter question may well be repeated in an answer.
 _AT_START, _INSIDE = 25, 40

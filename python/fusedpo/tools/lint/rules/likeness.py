@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fusedpo.tools.formats.display import excerpt
+
 from ..corpus import Corpus
-from ..registry import EXCERPT, Hits, excerpt, rule
+from ..registry import Hits, rule
 from ..text import words
 
 NEAR = 0.9  # similarity of characters, from rapidfuzz
@@ -16,8 +18,24 @@ def identical_sides(corpus: Corpus) -> Hits | None:
     """Chosen and rejected are the same text."""
     rows = [
         index
-        for index, (chosen, rejected) in enumerate(corpus.answers)
-        if chosen == rejected and chosen
+        for index, (_, (chosen, rejected)) in enumerate(corpus.keys)
+        if chosen == rejected and corpus.answers[index][0]
+    ]
+    return Hits(rows) if rows else None
+
+
+@rule(
+    "warning",
+    "Look whether it is meant, as in code: the indentation may be the lesson. Elsewhere remove "
+    "these rows.",
+    needs=("pairs",),
+)
+def white_space_alone(corpus: Corpus) -> Hits | None:
+    """Chosen and rejected differ in white space alone."""
+    rows = [
+        index
+        for index, (_, (chosen, rejected)) in enumerate(corpus.loose_keys)
+        if chosen == rejected and len(set(corpus.keys[index].sides)) == 2
     ]
     return Hits(rows) if rows else None
 
@@ -72,4 +90,4 @@ def unlike_sides(corpus: Corpus) -> Hits | None:
 
 def _both(sides: tuple[str, ...]) -> str:
     """The beginnings of two texts in one excerpt."""
-    return " | ".join(excerpt(side, EXCERPT // 2 - 2) for side in sides)
+    return " | ".join(excerpt(side, 34) for side in sides)

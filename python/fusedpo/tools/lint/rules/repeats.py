@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from ..corpus import Corpus
+from ..corpus import Corpus, RowKey
 from ..registry import Hits, rule
+from ..text import Key
 
 
 @rule(
@@ -36,11 +37,30 @@ def duplicate_rows(corpus: Corpus) -> Hits | None:
     """The row was there before, with the same prompt, completions and label."""
     seen: dict[object, int] = {}
     notes = {}
-    for index, key in enumerate(zip(corpus.prompts, corpus.answers, strict=True)):
-        first = seen.setdefault((*key, corpus.entries[index].label), index)
+    for index, key in enumerate(corpus.keys):
+        first = seen.setdefault((key, corpus.entries[index].label), index)
         if first != index:
             notes[index] = f"as line {corpus.entries[first].line}"
     return Hits(list(notes), notes) if notes else None
+
+
+@rule(
+    "warning",
+    "Look whether the difference is meant, as in code; else keep one of them, the right one.",
+)
+def repeats_but_for_white_space(corpus: Corpus) -> Hits | None:
+    """The row was there before, or its reverse, but for white space within its texts."""
+    seen: dict[object, int] = {}
+    notes = {}
+    for index, loose in enumerate(corpus.loose_keys):
+        first = seen.setdefault((loose.prompt, frozenset(loose.sides)), index)
+        if _unordered(corpus.keys[first]) != _unordered(corpus.keys[index]):
+            notes[index] = f"as line {corpus.entries[first].line}"
+    return Hits(list(notes), notes) if notes else None
+
+
+def _unordered(key: RowKey) -> tuple[Key, frozenset[Key]]:
+    return key.prompt, frozenset(key.sides)
 
 
 @rule(
@@ -51,9 +71,9 @@ def duplicate_rows(corpus: Corpus) -> Hits | None:
 )
 def contradicting_pairs(corpus: Corpus) -> Hits | None:
     """One row prefers A to B, another one B to A, for the same prompt."""
-    places: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for index, (chosen, rejected) in enumerate(corpus.answers):
-        places[corpus.prompts[index], chosen, rejected].append(index)
+    places: dict[tuple[Key, Key, Key], list[int]] = defaultdict(list)
+    for index, (prompt, (chosen, rejected)) in enumerate(corpus.keys):
+        places[prompt, chosen, rejected].append(index)
     notes = {}
     for (prompt, chosen, rejected), rows in places.items():
         reverse = places.get((prompt, rejected, chosen))
@@ -71,10 +91,9 @@ def contradicting_pairs(corpus: Corpus) -> Hits | None:
 )
 def contradicting_labels(corpus: Corpus) -> Hits | None:
     """The same completion of the same prompt is called both good and bad."""
-    places: dict[tuple[str, str], dict[bool, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index, entry in enumerate(corpus.entries):
-        key = corpus.prompts[index], corpus.answers[index][0]
-        places[key][bool(entry.label)].append(index)
+    places: dict[RowKey, dict[bool, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, key in enumerate(corpus.keys):
+        places[key][bool(corpus.entries[index].label)].append(index)
     notes = {}
     for labels in places.values():
         if len(labels) == 2:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fusedpo.tools.formats.display import excerpt
+from fusedpo.tools.formats.display import rows as rows_of
+
 from ..corpus import Corpus
 from ..findings import Example
-from ..registry import Hits, excerpt, rule
+from ..registry import Hits, rule
 
 
 @rule(
@@ -72,6 +75,6 @@ def other_columns(corpus: Corpus) -> Hits | None:
     if not corpus.other_columns:
         return None
     names = ", ".join(
-        f"{excerpt(name)} ({count} rows)" for name, count in corpus.other_columns.items()
+        f"{excerpt(name)} ({rows_of(count)})" for name, count in corpus.other_columns.items()
     )
     return Hits(what=f"Not checked: {names}.", count=max(corpus.other_columns.values()))

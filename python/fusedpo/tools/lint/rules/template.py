@@ -6,6 +6,19 @@ import itertools
 
 from ..corpus import Corpus
 from ..registry import Hits, rule
+from ..trl_rows import why_not
+
+
+@rule(
+    "warning",
+    "Run `fusedpo convert IN OUT --to conversational` (of labelled rows `--to unpaired`) and train "
+    "on that; tokens are counted as after it. `fusedpo train` reads these rows as they are.",
+)
+def not_read_by_trl(corpus: Corpus) -> Hits | None:
+    """TRL does not read rows of this form, or reads something else in them."""
+    reasons = {index: why_not(entry.row) for index, entry in enumerate(corpus.entries)}
+    notes = {index: reason for index, reason in reasons.items() if reason}
+    return Hits(list(notes), notes) if notes else None
 
 
 @rule(
