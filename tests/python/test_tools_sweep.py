@@ -143,6 +143,17 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(
     assert all(store.verify().ok for store in stores)
 
 
+def test_a_diverged_run_is_finished_and_not_repeated(
+    tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    options = {**config(tiny), "learning_rate": 1e30}
+    for reused in (False, True):
+        report = sweep(options, betas=[0.1], output_dir=str(tmp_path))
+        assert [run.reused for run in report.runs] == [reused]
+    assert "diverged" in report.markdown()
+    assert report.as_dict()["runs"][0]["kl"] is None
+
+
 class _CutOff(BaseException):
     """As a signal, at a place that a test chooses."""
 

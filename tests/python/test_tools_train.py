@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import pathlib
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from datasets import Dataset
 from fusedpo import RefStore
 from fusedpo.tools.train import plan_stages, train, train_stages
-from fusedpo.tools.train.kl import KLEstimate
+from fusedpo.tools.train.kl import NOT_FINITE, KLEstimate
 from fusedpo.tools.train.report import warnings_of
 from fusedpo.trl import FusedDPOTrainer
 from tools_train_helpers import no_plots, tiny_config, write_rows  # noqa: F401
@@ -212,10 +213,51 @@ def test_what_a_reader_must_not_miss_is_a_warning() -> None:
     (warning,) = warnings_of({"eval_loss": 0.5}, far, data)
     assert "the KL to the reference is above 10 nats" in warning
     assert "Raise beta" in warning
+    for broken_kl in (KLEstimate(float("nan"), 0.2, 8, 80, 16), f"ValueError: {NOT_FINITE}"):
+        (warning,) = warnings_of({"eval_loss": 0.5}, broken_kl, data)
+        assert "no number: the policy's logits are not finite." in warning
     (warning,) = warnings_of({"train_loss": float("nan")}, near, data)
     assert "diverged" in warning
     broken = {"unreadable_rows": 2, "unused_rows": 1, "eval_rows": 0, "problems": ["a:1: b"]}
     assert len(warnings_of({"train_loss": 1.0}, "nothing was held out", broken)) == 3
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("strategy", ["dpo", "sft"])
+def test_a_training_that_diverged_has_its_report(
+    strategy: str, tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    options = {**tiny, "strategy": strategy, "eval_split": 4, "learning_rate": 1e30}
+    report = train(options, output_dir=str(tmp_path))
+    assert report.kl == "ValueError: the policy's logits are not finite"
+    assert sum("logits are not finite" in each for each in report.warnings) == 1
+    assert any("diverged" in each for each in report.warnings)
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert written["kl"] is None
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_reference_that_cannot_be_loaded_again_does_not_cost_the_report(
+    tiny: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise OSError("no such model")
+
+    monkeypatch.setattr("fusedpo.tools.train.run.load", gone)
+    report = train({**tiny, "strategy": "dpo", "eval_split": 4}, output_dir=str(tmp_path))
+    assert report.kl == "OSError: no such model"
+    assert (tmp_path / "report.json").exists()
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_column_that_json_cannot_write_does_not_stop_a_training(
+    tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    rows = [{"text": f"2 and {i}", "at": datetime.datetime(2024, 1, i)} for i in range(1, 9)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    options = {**tiny, "dataset": str(tmp_path / "rows.parquet"), "eval_split": 2}
+    report = train({**options, "strategy": "sft"}, output_dir=str(tmp_path / "out"))
+    assert (report.data["train_rows"], report.data["eval_rows"]) == (6, 2)
 
 
 @pytest.mark.usefixtures("no_plots")

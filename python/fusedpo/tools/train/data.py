@@ -44,7 +44,9 @@ class Data:
         content = hashlib.sha256()
         for side in (self.train, self.evaluation):
             for row in () if side is None else side:
-                content.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+                # default: times and the like, which JSON does not have.
+                text = json.dumps(row, sort_keys=True, default=str)
+                content.update(text.encode() + b"\n")
             content.update(b"\n")
         return content.hexdigest()
 
@@ -116,7 +118,7 @@ def prompts_of(dataset: Any, limit: int) -> list[Any]:
         return []
     found: dict[str, Any] = {}
     for prompt in dataset["prompt"]:
-        found.setdefault(json.dumps(prompt), prompt)
+        found.setdefault(json.dumps(prompt, default=str), prompt)
         if len(found) == limit:
             break
     return list(found.values())
@@ -177,7 +179,7 @@ def _columns(value: PreferencePair | LabelledCompletion, kind: str) -> Iterator[
 
 def _hold_out(dataset: Any, size: float, seed: int) -> tuple[Any, Any]:
     """Split by prompts: the same prompt on both sides would let memory pass for learning."""
-    keys = [json.dumps(row.get("prompt", row)) for row in dataset]
+    keys = [json.dumps(row.get("prompt", row), default=str) for row in dataset]
     wanted = round(size * len(keys)) if size < 1 else int(size)
     prompts = sorted(set(keys))
     random.Random(seed).shuffle(prompts)

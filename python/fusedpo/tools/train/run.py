@@ -72,6 +72,7 @@ def run_plan(plan: Plan) -> TrainReport:
     """Train, evaluate, save, and write the report."""
     run, data = plan.run, plan.data
     told = run.as_dict()  # a trainer changes its arguments
+    rows = data.as_dict()
     # Of a training before: until this one is over, the folder is not finished.
     pathlib.Path(run.output_dir, FILE).unlink(missing_ok=True)
     model = whole_model(run)
@@ -84,7 +85,6 @@ def run_plan(plan: Plan) -> TrainReport:
         if data.evaluation is not None:
             metrics |= _evaluated(trainer)
     speed = _tokens_per_second(trainer, metrics["train_runtime"])
-    rows = data.as_dict()
     trainer.save_model()
     trainer.save_state()
     kl = _kl(trainer, run, data, model)
@@ -156,11 +156,10 @@ def _kl(trainer: Any, run: Resolved, data: Data, model: str) -> KLEstimate | str
     if not prompts:
         return "the data has no column prompt"
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    reference = None
-    if run.peft is None:
-        reference = load(model, run).to(policy.device)
-    with trainer.accelerator.autocast():
-        try:
+    # The training is done, and shall have its report: what fails here is told there.
+    try:
+        reference = load(model, run).to(policy.device) if run.peft is None else None
+        with trainer.accelerator.autocast():
             return estimate_kl(
                 policy,
                 reference,
@@ -170,8 +169,8 @@ def _kl(trainer: Any, run: Resolved, data: Data, model: str) -> KLEstimate | str
                 batch_size=run.args.per_device_eval_batch_size,
                 seed=run.args.seed,
             )
-        except ValueError as error:  # the training is done, and shall have its report
-            return str(error)
+    except (ValueError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _plot(trainer: Any, folder: str) -> str | None:
