@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
+import types
 from typing import Any
 
 import pytest
@@ -258,6 +259,37 @@ def test_a_column_that_json_cannot_write_does_not_stop_a_training(
     options = {**tiny, "dataset": str(tmp_path / "rows.parquet"), "eval_split": 2}
     report = train({**options, "strategy": "sft"}, output_dir=str(tmp_path / "out"))
     assert (report.data["train_rows"], report.data["eval_rows"]) == (6, 2)
+
+
+def test_a_folder_with_checkpoints_of_another_training_is_refused(
+    tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    options = {**tiny, "strategy": "dpo", "save_strategy": "steps", "save_steps": 1}
+    train(options, output_dir=str(tmp_path / "one"))
+    written = (tmp_path / "one" / "report.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="one has checkpoints of another training; remove them"):
+        train({**options, "max_steps": 1}, output_dir=str(tmp_path / "one"))
+    (tmp_path / "1-dpo" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="1-dpo has checkpoints of another training"):
+        train_stages([options, options], output_dir=str(tmp_path))
+    assert (tmp_path / "one" / "report.json").stat().st_mtime_ns == written
+    resumed = {**options, "resume_from_checkpoint": str(tmp_path / "one" / "checkpoint-1")}
+    assert train(resumed, output_dir=str(tmp_path / "one")).plot is not None
+
+
+def test_a_plot_is_of_this_training_whatever_else_is_in_the_folder(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedpo.tools import plot
+    from fusedpo.tools.train import run
+
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(
+        plot, "plot", lambda runs, path: drawn.append(runs) or types.SimpleNamespace(path=path)
+    )
+    state = types.SimpleNamespace(log_history=[{"loss": 0.5, "step": 1}])
+    run._plot(types.SimpleNamespace(state=state, is_world_process_zero=lambda: True), "out")
+    assert drawn == [["out/trainer_state.json"]]
 
 
 @pytest.mark.usefixtures("no_plots")

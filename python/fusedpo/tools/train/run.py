@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, overload
 
+from fusedpo.tools.runs import STATE_FILE
 from fusedpo.tools.train.data import Data, prompts_of
 from fusedpo.tools.train.kl import KLEstimate, estimate_kl
 from fusedpo.tools.train.models import load, whole_model
@@ -41,15 +42,19 @@ def train(
 
     Raises:
         ValueError, ImportError, RuntimeError, FileNotFoundError: what `resolve` and `load_data`
-            refuse, before anything is written.
+            refuse, and an `output_dir` with the checkpoints of another training, before anything
+            is written.
 
     Example:
 
         train({"strategy": "dpo", "model_name": "Qwen/Qwen2.5-0.5B-Instruct",
                "dataset": "pairs.jsonl", "eval_split": 0.1}).accuracy
     """
-    plans = plan_stages([config], output_dir=output_dir)
-    return plans[0] if dry_run else run_plan(plans[0])
+    plan = plan_stages([config], output_dir=output_dir)[0]
+    if dry_run:
+        return plan
+    _refuse_checkpoints(plan)
+    return run_plan(plan)
 
 
 def train_stages(configs: Sequence[Config], *, output_dir: str | None = None) -> list[TrainReport]:
@@ -65,7 +70,20 @@ def train_stages(configs: Sequence[Config], *, output_dir: str | None = None) ->
         as `train`; and ValueError where two stages would share an output_dir or name different
         models.
     """
-    return [run_plan(plan) for plan in plan_stages(configs, output_dir=output_dir)]
+    plans = plan_stages(configs, output_dir=output_dir)
+    for plan in plans:
+        _refuse_checkpoints(plan)
+    return [run_plan(plan) for plan in plans]
+
+
+def _refuse_checkpoints(plan: Plan) -> None:
+    """A second training would mix its checkpoints with those of the first."""
+    folder = pathlib.Path(plan.run.output_dir)
+    if plan.run.args.resume_from_checkpoint is None and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"{folder} has checkpoints of another training; remove them, name another output_dir, "
+            "or set resume_from_checkpoint."
+        )
 
 
 def run_plan(plan: Plan) -> TrainReport:
@@ -180,4 +198,6 @@ def _plot(trainer: Any, folder: str) -> str | None:
         return None
     from fusedpo.tools.plot import plot
 
-    return plot([folder], os.path.join(folder, "plot.png")).path
+    # By the file: a folder may have a checkpoint with more steps, of a training before.
+    state = os.path.join(folder, STATE_FILE)
+    return plot([state], os.path.join(folder, "plot.png")).path
