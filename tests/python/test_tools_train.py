@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
+import shutil
 import types
 from typing import Any
 
@@ -22,7 +23,13 @@ from fusedpo.trl import FusedDPOTrainer
 from tools_train_helpers import no_plots, tiny_config, write_rows  # noqa: F401
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
-from trl_helpers import conversational, make_pairs, one_thread, record_scored_rows  # noqa: F401
+from trl_helpers import (
+    conversational,
+    make_pairs,
+    make_tokenizer,
+    one_thread,  # noqa: F401
+    record_scored_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,6 +212,48 @@ def test_stages_are_planned_without_the_model_that_is_not_there_yet(
     plans = plan_stages(stages, output_dir=str(tmp_path / "both"))
     assert plans[1].run.model == plans[0].run.output_dir
     assert plans[1].memory.parameters == plans[0].memory.parameters
+
+
+def test_a_chat_template_of_an_earlier_stage_serves_the_later_ones(
+    tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    bare = make_tokenizer()
+    bare.chat_template = None
+    shutil.copytree(tiny["model_name"], tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    bare.save_pretrained(tmp_path / "bare")
+    path = write_rows(tmp_path / "chat.jsonl", conversational(make_pairs(8)))
+    options = {**tiny, "model_name": str(tmp_path / "bare"), "dataset": path}
+    sft, dpo = ({**options, "strategy": name} for name in ("sft", "dpo"))
+    with pytest.raises(ValueError, match="need a chat template"):
+        plan_stages([dpo])
+    with_template = {**sft, "chat_template_path": tiny["model_name"]}
+    assert len(plan_stages([with_template, dpo], output_dir=str(tmp_path / "both"))) == 2
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("strategy", ["dpo", "cpo"])
+def test_a_model_with_code_of_its_own_is_trained_where_that_is_trusted(
+    strategy: str, tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(tiny["model_name"], folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parent = config["architectures"][0]
+    own = {"AutoConfig": "own_code.Config", "AutoModelForCausalLM": "own_code.Model"}
+    config |= {"model_type": "own", "architectures": ["Model"], "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "own_code.py").write_text(
+        f"import transformers\n\n\nclass Config(transformers.{parent}.config_class):\n"
+        f"    model_type = 'own'\n\n\nclass Model(transformers.{parent}):\n"
+        "    config_class = Config\n",
+        encoding="utf-8",
+    )
+    options = {**tiny, "model_name": str(folder), "strategy": strategy, "trust_remote_code": True}
+    report = train(
+        {**options, "eval_split": 4, "kl_max_new_tokens": 4}, output_dir=str(tmp_path / "out")
+    )
+    assert isinstance(report.kl, KLEstimate)
 
 
 def test_what_a_reader_must_not_miss_is_a_warning() -> None:

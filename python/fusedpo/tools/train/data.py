@@ -14,6 +14,7 @@ from typing import Any
 
 from fusedpo.tools.formats import LabelledCompletion, PreferencePair, Problem, read_rows
 from fusedpo.tools.formats.files import read_records
+from fusedpo.tools.train.models import source_options
 from fusedpo.tools.train.resolving import Resolved
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -74,6 +75,7 @@ def load_data(run: Resolved) -> Data:
     name, split = run.data["dataset_name"], run.settings.eval_split
     kind = run.strategy.trainer
     if _is_file(name):
+        _check_file_options(run)
         train, form, problems, unused = _from_file(name, kind)
     else:
         train = _from_hub(run, run.data.get("dataset_train_split", "train"))
@@ -104,7 +106,7 @@ def check_chat_template(data: Data, run: Resolved, model: str) -> None:
         return
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(model).chat_template is None:
+    if AutoTokenizer.from_pretrained(model, **source_options(run)).chat_template is None:
         raise ValueError(
             f"{run.data['dataset_name']} has conversations, which need a chat template; the "
             f"tokenizer of {model} has none. Write them as texts with `fusedpo convert IN OUT --to "
@@ -127,6 +129,19 @@ def prompts_of(dataset: Any, limit: int) -> list[Any]:
 def _is_file(name: str) -> bool:
     """A name on the Hub has no such ending."""
     return os.path.splitext(name)[1].lower() in _FILES
+
+
+def _check_file_options(run: Resolved) -> None:
+    """A file has no splits and no configurations."""
+    name, split = run.data["dataset_name"], run.settings.eval_split
+    for key in ("dataset_train_split", "dataset_config"):
+        if run.data.get(key) is not None:
+            raise ValueError(f"{key} is for data on the Hub, and {name} is a file; leave it out.")
+    if isinstance(split, str) and not _is_file(split):
+        raise ValueError(
+            f"eval_split must be a share between 0 and 1, a number of rows, or a file "
+            f"({', '.join(_FILES)}), as {name} is a file; got {split!r}."
+        )
 
 
 def _from_hub(run: Resolved, split: str) -> Any:
