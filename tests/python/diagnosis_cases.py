@@ -84,8 +84,8 @@ CASES = {
     ),
     "not_finite": Seeded(
         Log(with_values(simulate(), "rewards/margins", float("nan"), set(range(61, 101)))),
-        # fp16 looks for its loss scale: the step is skipped.
-        Log(with_values(simulate(), "grad_norm", float("inf"), {1, 30})),
+        # fp16 looks for its loss scale: steps are skipped, several in a row at the start.
+        Log(with_values(simulate(), "grad_norm", float("inf"), {1, 2, 3, 30, 100})),
     ),
     "loss_rises": Seeded(
         Log(simulate(margin=up_and_down)),

@@ -14,7 +14,7 @@ pytest.importorskip("rapidfuzz", reason="near-duplicates need rapidfuzz")
 
 from fusedpo import RefStore, cli
 from fusedpo.tools.iterate import IterateReport, iterate
-from fusedpo.tools.iterate.training import last_checkpoint, scheduled
+from fusedpo.tools.iterate.training import last_checkpoint, scheduled, train_round
 from fusedpo.tools.sampling import Sampling
 from iterate_kills import CONFIG
 from precompute_helpers import write_inputs
@@ -169,6 +169,19 @@ def test_a_checkpoint_that_a_kill_tore_is_passed_over(tmp_path: pathlib.Path) ->
     (tmp_path / "checkpoint-12").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_round_with_nothing_but_a_torn_checkpoint_begins_again(
+    model: str, tmp_path: pathlib.Path
+) -> None:
+    row = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (tmp_path / "training" / "checkpoint-1").mkdir(parents=True)
+    options = {"strategy": "dpo", "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    config = {**options, "model_name": model, "dataset": str(pairs)}
+    assert train_round(tmp_path, config)["metrics"]["train_loss"] > 0
+    assert not list(tmp_path.glob("training/checkpoint-*"))
 
 
 def test_the_command_iterates(

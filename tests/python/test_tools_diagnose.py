@@ -46,6 +46,17 @@ def test_no_case_is_left_of_a_rule_that_is_gone() -> None:
     assert set(CASES) == set(RULES)
 
 
+@pytest.mark.parametrize(
+    ("value", "steps"), [("nan", {30}), ("inf", {99, 100}), ("inf", set(range(1, 101)))]
+)
+def test_norms_that_stay_infinite_or_are_no_numbers_are_a_fault(
+    value: str, steps: set[int], tmp_path: pathlib.Path
+) -> None:
+    log = Log(with_values(simulate(), "grad_norm", float(value), steps))
+    (finding,) = [each for each in examine(log, tmp_path).findings if each.rule == "not_finite"]
+    assert finding.evidence[0].first_step == min(steps)
+
+
 def test_a_healthy_run_passes_every_rule(tmp_path: pathlib.Path) -> None:
     report = examine(Log(simulate(), pairs=pair_scores(0.0)), tmp_path)
     assert set(report.passed) == set(RULES), report.render()

@@ -69,10 +69,19 @@ def test_a_real_run_is_read_whole(tmp_path: pathlib.Path) -> None:
 
 def test_the_state_with_the_most_steps_counts(tmp_path: pathlib.Path) -> None:
     write_run(tmp_path / "run", entries(1, 2))
-    write_run(tmp_path / "run" / "checkpoint-9", entries(1, 9))
-    write_run(tmp_path / "run" / "checkpoint-10", entries(1, 10))
+    write_run(tmp_path / "run" / "checkpoint-9", entries(1, 2, 9))
+    write_run(tmp_path / "run" / "checkpoint-10", entries(1, 2, 10))
     assert read_run(tmp_path / "run").last_step == 10
     assert read_run(tmp_path / "run" / "trainer_state.json").last_step == 2
+
+
+def test_the_checkpoint_of_another_training_does_not_count(tmp_path: pathlib.Path) -> None:
+    ended = [*entries(1, 2), {"train_runtime": 3.0, "step": 2}, {"eval_loss": 0.5, "step": 2}]
+    write_run(tmp_path / "run", ended)
+    other = write_run(tmp_path / "run" / "checkpoint-3", [{"loss": 9.0, "step": 1}, *entries(2, 3)])
+    assert read_run(tmp_path / "run").last_step == 2
+    write_run(other, entries(1, 2, 3))  # resumed, and not over
+    assert read_run(tmp_path / "run").last_step == 3
 
 
 def test_of_a_step_that_was_logged_twice_the_last_value_counts(tmp_path: pathlib.Path) -> None:

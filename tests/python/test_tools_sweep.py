@@ -143,6 +143,17 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(
     assert all(store.verify().ok for store in stores)
 
 
+def test_a_diverged_run_is_finished_and_not_repeated(
+    tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    options = {**config(tiny), "learning_rate": 1e30}
+    for reused in (False, True):
+        report = sweep(options, betas=[0.1], output_dir=str(tmp_path))
+        assert [run.reused for run in report.runs] == [reused]
+    assert "diverged" in report.markdown()
+    assert report.as_dict()["runs"][0]["kl"] is None
+
+
 class _CutOff(BaseException):
     """As a signal, at a place that a test chooses."""
 
@@ -220,6 +231,35 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         sweep(config(tiny), output_dir=str(tmp_path / "sweep"), **options)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_betas_that_agree_in_six_digits_have_folders_of_their_own(
+    tiny: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedpo.tools.sweep import run as module
+
+    folders: list[str] = []
+
+    def record(configs: Any, output_dir: str) -> Any:
+        folders.append(os.path.basename(output_dir))
+        return original(configs, output_dir=output_dir)
+
+    def stop(plan: Any) -> Any:
+        raise _CutOff
+
+    original = module.plan_stages
+    monkeypatch.setattr(module, "plan_stages", record)
+    monkeypatch.setattr(module, "run_plan", stop)
+    with pytest.raises(_CutOff):
+        sweep(config(tiny), betas=[0.1, 0.1000001, 1], output_dir=str(tmp_path))
+    assert folders == ["dpo-beta0.1", "dpo-beta0.1000001", "dpo-beta1"]
+
+
+def test_a_sweep_may_keep_its_reference_in_memory(
+    tiny: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    options = {**config(tiny), "kl_prompts": 0, "precompute_ref_log_probs": False}
+    assert sweep(options, betas=[0.1], output_dir=str(tmp_path)).ref_store is None
 
 
 def test_an_option_that_one_loss_lacks_stops_the_sweep_before_it_begins(

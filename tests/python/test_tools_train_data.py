@@ -110,6 +110,22 @@ def test_an_eval_split_may_be_a_file(tmp_path: pathlib.Path) -> None:
     assert (len(data.train), data.evaluation["prompt"], len(data.problems)) == (3, ["3+1?"], 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_split": "test"}, "eval_split must be a share .* or a file .*; got 'test'"),
+        ({"dataset_train_split": "train"}, "dataset_train_split is for data on the Hub"),
+        ({"dataset_config": "en"}, "dataset_config is for data on the Hub"),
+    ],
+)
+def test_a_file_has_no_splits(
+    options: dict[str, Any], message: str, tmp_path: pathlib.Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [PAIR] * 3)
+    with pytest.raises(ValueError, match=message):
+        load(path, **options)
+
+
 def test_too_few_prompts_to_hold_one_out_are_an_error(tmp_path: pathlib.Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [PAIR] * 5)
     with pytest.raises(ValueError, match="must leave rows on both sides; of 5 rows with 1 differ"):

@@ -102,7 +102,7 @@ def test_trls_own_names_arrive() -> None:
         "use_kernels": False,
     }
     assert run.args.model_init_kwargs == run.model_options
-    assert run.peft.target_modules == "q_proj" or run.peft.target_modules == {"q_proj"}
+    assert run.peft.target_modules == {"q_proj"}
     assert (run.args.max_length, run.args.warmup_steps) == (99, 7)
     assert (run.args.loss_type, run.args.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
     assert run.args.lr_scheduler_type == "cosine"
@@ -162,6 +162,32 @@ def test_the_reference_store_is_the_default_of_dpo_alone() -> None:
         ({"strategy": "sft", "ref_store": "refs"}, "ref_store is an option of the DPO losses"),
         ({"dtype": "float32", "model_init_kwargs": {"dtype": "float16"}}, "dtype must not be in"),
         ({"padding_free": True}, "DPOConfig.padding_free must be False"),
+        ({"strategy": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1, which loss_type"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "ignores, in TRL, too. Leave out"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1, which loss_type"),
+        (
+            {"ref_store": False, "precompute_ref_log_probs": True},
+            "ref_store is false, and precompute_ref_log_probs is true",
+        ),
+        (
+            {"ref_store": "refs", "precompute_ref_log_probs": False},
+            "ref_store is 'refs', and precompute_ref_log_probs is false",
+        ),
+        (
+            {"ref_store": True, "precompute_ref_log_probs": False},
+            "ref_store is True, and precompute_ref_log_probs is false",
+        ),
+        ({"lora_r": 4, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is an option of use_4"),
+        ({"lora_r": 4, "use_bnb_nested_quant": True}, "use_bnb_nested_quant is an option of use"),
+        *(
+            ({"strategy": name, "beta": beta}, f"beta must be above 0; got {beta}")
+            for name in ("simpo", "cpo", "orpo", "kto")
+            for beta in (0.0, -0.1)
+        ),
+        ({"max_seq_length": 0}, "max_seq_length must be at least 1; got 0"),
+        ({"eval_split": "0.1"}, "eval_split must be a share .*; got '0.1'"),
+        ({"eval_split": 1.0}, "eval_split must be a share .*; got 1.0"),
+        ({"eval_split": 5.0}, "eval_split must be a share .*; got 5.0"),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -248,6 +274,27 @@ def test_unsloth_is_asked_for_the_model_and_the_adapter(monkeypatch: pytest.Monk
     assert load_unsloth("m", run) == ("model with adapter", "tokenizer")
     assert (asked["model_name"], asked["max_seq_length"], asked["load_in_4bit"]) == ("m", 99, False)
     assert (asked["r"], asked["lora_alpha"], asked["random_state"]) == (4, 8, run.args.seed)
+
+    assert load_unsloth("m", resolve({**BASE, "lora_target_modules": "all-linear"}))
+    assert asked["target_modules"] == "all-linear"
+    load_unsloth("m", resolve({**BASE, "lora_target_modules": ["v_proj", "q_proj"]}))
+    assert asked["target_modules"] == ["q_proj", "v_proj"]
+    load_unsloth("m", resolve({**BASE, "trust_remote_code": True, "model_revision": "v1"}))
+    assert (asked["trust_remote_code"], asked["revision"]) == (True, "v1")
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("q_proj", {"q_proj"}),
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ("all-linear", "all-linear"),
+        (r".*\.q_proj", r".*\.q_proj"),
+    ],
+)
+def test_the_name_of_one_module_is_no_pattern(given: Any, want: Any) -> None:
+    assert resolve({**BASE, "lora_target_modules": given}).peft.target_modules == want
 
 
 def test_files_of_both_kinds_are_read_alike(tmp_path: pathlib.Path) -> None:

@@ -59,7 +59,8 @@ def read_run(path: str | os.PathLike[str], *, name: str | None = None) -> Run:
 
     Args:
         path: a run's folder (of its own trainer_state.json and those of its checkpoints the one
-            with the most steps is read), a checkpoint's folder, or a trainer_state.json.
+            with the most steps is read that belongs to the same training), a checkpoint's folder,
+            or a trainer_state.json.
         name: how the run is called; by default the folder's name.
 
     Raises:
@@ -146,8 +147,19 @@ def _state_file(path: pathlib.Path) -> pathlib.Path:
             f"{path} has neither. transformers writes it with each checkpoint "
             "(save_strategy), and trainer.save_state() writes it at any time"
         )
-    # Of equally many steps the run's own: it has the summary and the last evaluation.
-    return max(found, key=lambda file: (_load(file).get("global_step", 0), file.parent == path))
+    own, newest = found[0], found[-1]
+    return newest if _goes_on(_load(own), _load(newest)) else own
+
+
+def _goes_on(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has more steps than a run's own state, of the same training. The
+    checkpoints of another one may be left in the folder."""
+    if checkpoint.get("global_step", 0) <= own.get("global_step", 0):
+        return False  # of equally many steps the run's own has the summary and last evaluation
+    before, after = (
+        [entry for entry in state["log_history"] if "loss" in entry] for state in (own, checkpoint)
+    )
+    return after[: len(before)] == before
 
 
 def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -42,9 +42,13 @@ def not_finite(case: Case) -> Finding | None:
 def _not_finite(name: str, series: Series) -> np.ndarray:
     bad = ~np.isfinite(series.values)
     if name == "grad_norm":
-        # The loss scale of fp16 is found by trying: steps with an infinite norm are skipped, and
-        # the next one is fine.
-        bad[:-1] &= bad[1:]
+        # The loss scale of fp16 is found by trying: steps with an infinite norm are skipped, until
+        # one is fine. At the end of a run several of them mean that none will be.
+        finite = np.flatnonzero(~bad)
+        end = finite[-1] + 1 if finite.size else 0
+        if len(bad) - end < 2:
+            end = len(bad)
+        bad[:end] &= np.isnan(series.values[:end])
     return bad
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,8 @@ def check_resolves(config: Mapping[str, Any], folder: str) -> None:
 def train_round(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Train in `folder/training`, or return the report of the training that is there.
 
-    A training that was cut off goes on from its last whole checkpoint, if it has one.
+    A training that was cut off goes on from its last whole checkpoint, if it has one. Without one
+    it begins again, and parts of checkpoints are removed.
 
     Raises:
         ValueError: the training that is there has another configuration.
@@ -107,6 +109,9 @@ def train_round(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, An
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return found
     checkpoint = last_checkpoint(training)
+    if checkpoint is None:
+        for part in training.glob("checkpoint-*"):
+            shutil.rmtree(part)
     more = {} if checkpoint is None else {"resume_from_checkpoint": str(checkpoint)}
     return train({**config, **more}, output_dir=str(training)).as_dict()
 

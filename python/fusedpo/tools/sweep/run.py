@@ -73,7 +73,7 @@ def sweep(
     named = losses or [str(given.get("strategy"))]
     values: Sequence[float | None] = betas or [None]
     for loss, beta in itertools.product(named, values):
-        name = loss if beta is None else f"{loss}-beta{beta:g}"
+        name = loss if beta is None else f"{loss}-beta{repr(float(beta)).removesuffix('.0')}"
         options = _options(given, loss, beta, store, named=bool(losses))
         plans = plan_stages([options], output_dir=os.path.join(folder, "runs", name))
         planned.append((name, loss, beta, plans[0]))
@@ -122,7 +122,8 @@ def _options(
         options["beta"] = beta
     if find(loss).trainer != "dpo":
         return {key: value for key, value in options.items() if key not in _REFERENCE}
-    if options.get("ref_store") is not False and not options.get("sync_ref_model"):
+    in_memory = options.get("ref_store") is False or options.get("sync_ref_model")
+    if not in_memory and options.get("precompute_ref_log_probs") is not False:
         options["ref_store"] = store
     return options
 

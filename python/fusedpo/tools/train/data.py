@@ -14,6 +14,7 @@ from typing import Any
 
 from fusedpo.tools.formats import LabelledCompletion, PreferencePair, Problem, read_rows
 from fusedpo.tools.formats.files import read_records
+from fusedpo.tools.train.models import source_options
 from fusedpo.tools.train.resolving import Resolved
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -44,7 +45,9 @@ class Data:
         content = hashlib.sha256()
         for side in (self.train, self.evaluation):
             for row in () if side is None else side:
-                content.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+                # default: times and the like, which JSON does not have.
+                text = json.dumps(row, sort_keys=True, default=str)
+                content.update(text.encode() + b"\n")
             content.update(b"\n")
         return content.hexdigest()
 
@@ -72,6 +75,7 @@ def load_data(run: Resolved) -> Data:
     name, split = run.data["dataset_name"], run.settings.eval_split
     kind = run.strategy.trainer
     if _is_file(name):
+        _check_file_options(run)
         train, form, problems, unused = _from_file(name, kind)
     else:
         train = _from_hub(run, run.data.get("dataset_train_split", "train"))
@@ -102,7 +106,7 @@ def check_chat_template(data: Data, run: Resolved, model: str) -> None:
         return
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(model).chat_template is None:
+    if AutoTokenizer.from_pretrained(model, **source_options(run)).chat_template is None:
         raise ValueError(
             f"{run.data['dataset_name']} has conversations, which need a chat template; the "
             f"tokenizer of {model} has none. Write them as texts with `fusedpo convert IN OUT --to "
@@ -116,7 +120,7 @@ def prompts_of(dataset: Any, limit: int) -> list[Any]:
         return []
     found: dict[str, Any] = {}
     for prompt in dataset["prompt"]:
-        found.setdefault(json.dumps(prompt), prompt)
+        found.setdefault(json.dumps(prompt, default=str), prompt)
         if len(found) == limit:
             break
     return list(found.values())
@@ -125,6 +129,19 @@ def prompts_of(dataset: Any, limit: int) -> list[Any]:
 def _is_file(name: str) -> bool:
     """A name on the Hub has no such ending."""
     return os.path.splitext(name)[1].lower() in _FILES
+
+
+def _check_file_options(run: Resolved) -> None:
+    """A file has no splits and no configurations."""
+    name, split = run.data["dataset_name"], run.settings.eval_split
+    for key in ("dataset_train_split", "dataset_config"):
+        if run.data.get(key) is not None:
+            raise ValueError(f"{key} is for data on the Hub, and {name} is a file; leave it out.")
+    if isinstance(split, str) and not _is_file(split):
+        raise ValueError(
+            f"eval_split must be a share between 0 and 1, a number of rows, or a file "
+            f"({', '.join(_FILES)}), as {name} is a file; got {split!r}."
+        )
 
 
 def _from_hub(run: Resolved, split: str) -> Any:
@@ -177,7 +194,7 @@ def _columns(value: PreferencePair | LabelledCompletion, kind: str) -> Iterator[
 
 def _hold_out(dataset: Any, size: float, seed: int) -> tuple[Any, Any]:
     """Split by prompts: the same prompt on both sides would let memory pass for learning."""
-    keys = [json.dumps(row.get("prompt", row)) for row in dataset]
+    keys = [json.dumps(row.get("prompt", row), default=str) for row in dataset]
     wanted = round(size * len(keys)) if size < 1 else int(size)
     prompts = sorted(set(keys))
     random.Random(seed).shuffle(prompts)

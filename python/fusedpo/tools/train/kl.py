@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 LIMIT = 10.0  # nats; past it a report warns
+NOT_FINITE = "the policy's logits are not finite"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def estimate_kl(
         seed: of the sampling; torch's own random state stays as it was.
 
     Raises:
-        ValueError: there are no prompts, or none leaves room for a completion.
+        ValueError: there are no prompts, or none leaves room for a completion; or the policy's
+            logits are not finite.
 
     Example:
 
@@ -95,6 +97,9 @@ def estimate_kl(
     devices = [policy.device] if policy.device.type != "cpu" else []
     with torch.random.fork_rng(devices), torch.no_grad(), _evaluating(policy, reference):
         torch.manual_seed(seed)
+        first = policy(input_ids=torch.tensor(ids[:1], device=policy.device)).logits
+        if not first.isfinite().all():  # sampling from them can end a CUDA process
+            raise ValueError(NOT_FINITE)
         for start in range(0, len(ids), batch_size):
             batch = ids[start : start + batch_size]
             sampled, attention, counted = _sample(policy, tokenizer, batch, max_new_tokens)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fusedpo.tools.train.models import base_of
+from fusedpo.tools.train.models import base_of, source_options
 from fusedpo.tools.train.resolving import Resolved
 
 # What autograd keeps of one decoder layer, in numbers per token. Of the hidden size H: the inputs
@@ -72,11 +72,10 @@ def estimate_memory(run: Resolved, model: str | None = None) -> MemoryEstimate:
 
     name = model or run.model
     name = base_of(name) or name  # an adapter is merged before it is trained on
-    kept = ("revision", "trust_remote_code")
-    options = {key: run.model_options[key] for key in kept if key in run.model_options}
-    config = AutoConfig.from_pretrained(name, **options)
+    config = AutoConfig.from_pretrained(name, **source_options(run))
+    trust = run.model_options.get("trust_remote_code", False)
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config)
+        shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     base = sum(p.numel() for p in shape.parameters())
     linear = sum(p.numel() for n, p in shape.named_parameters() if _is_quantised(n, p))
     text = config.get_text_config()

@@ -17,6 +17,13 @@ def base_of(model: str) -> str | None:
     return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
+def source_options(run: Resolved) -> dict[str, Any]:
+    """Return what everything that is read of a model must be told: which revision, and whether its
+    own code may run."""
+    names = ("revision", "trust_remote_code")
+    return {name: run.model_options[name] for name in names if name in run.model_options}
+
+
 def whole_model(run: Resolved) -> str:
     """Return the name of the model to train; an adapter is merged into its base first, and put into
     `output_dir/start`, so that what is trained on top of it names a base that exists."""
@@ -31,9 +38,13 @@ def whole_model(run: Resolved) -> str:
     with state.main_process_first():  # the others wait until it is there
         if state.is_main_process:
             dtype = run.model_options.get("dtype", "float32")
-            adapted = AutoPeftModelForCausalLM.from_pretrained(run.model, dtype=dtype)
+            trust = run.model_options.get("trust_remote_code", False)
+            adapted = AutoPeftModelForCausalLM.from_pretrained(
+                run.model, dtype=dtype, trust_remote_code=trust
+            )
             adapted.merge_and_unload().save_pretrained(folder)
-            AutoTokenizer.from_pretrained(run.model).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(run.model, trust_remote_code=trust)
+            tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -53,16 +64,22 @@ def load_unsloth(name: str, run: Resolved) -> tuple[Any, Any]:
 
     four_bit = run.quantization is not None and bool(run.quantization.load_in_4bit)
     model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=name, max_seq_length=run.args.max_length, dtype=None, load_in_4bit=four_bit
+        model_name=name,
+        max_seq_length=run.args.max_length,
+        dtype=None,
+        load_in_4bit=four_bit,
+        **source_options(run),
     )
     if run.peft is not None:
         targets = run.peft.target_modules
+        if isinstance(targets, set):
+            targets = sorted(targets)
         model = FastLanguageModel.get_peft_model(
             model,
             r=run.peft.r,
             lora_alpha=run.peft.lora_alpha,
             lora_dropout=run.peft.lora_dropout,
             random_state=run.args.seed,
-            **({} if targets is None else {"target_modules": sorted(targets)}),
+            **({} if targets is None else {"target_modules": targets}),
         )
     return model, tokenizer

@@ -205,10 +205,10 @@ def _check_settings(settings: Settings, strategy: Strategy, given: Mapping[str, 
     if settings.kl_prompts < 0 or settings.kl_max_new_tokens < 1:
         raise ValueError("kl_prompts must be at least 0 and kl_max_new_tokens at least 1.")
     split = settings.eval_split
-    if isinstance(split, (int, float)) and not _is_size(split):
+    if _is_number(split) if isinstance(split, str) else split is not None and not _is_size(split):
         raise ValueError(
-            "eval_split must be a share between 0 and 1, a number of rows, or the name of a split "
-            f"or file; got {split!r}."
+            "eval_split must be a share between 0 and 1, a whole number of rows, or the name of a "
+            f"split or file; got {split!r}."
         )
     if strategy.trainer == "dpo":
         return
@@ -221,4 +221,12 @@ def _check_settings(settings: Settings, strategy: Strategy, given: Mapping[str, 
 
 
 def _is_size(split: float) -> bool:
-    return 0 < split < 1 or (split >= 1 and split == int(split))
+    return split >= 1 if isinstance(split, int) else 0 < split < 1
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

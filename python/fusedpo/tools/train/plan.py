@@ -70,9 +70,15 @@ def plan_stages(configs: Sequence[Config], *, output_dir: str | None = None) -> 
         run = _stage(stage, folder, plans)
         begins = plans[0].run.model if plans else run.model
         data = load_data(run)
-        check_chat_template(data, run, begins)
+        if not any(_brings_template(before.run) for before in plans):
+            check_chat_template(data, run, begins)
         plans.append(Plan(run, data, estimate_memory(run, begins)))
     return plans
+
+
+def _brings_template(run: Resolved) -> bool:
+    """Whether the tokenizer has a chat template after this stage, whatever it had before."""
+    return getattr(run.args, "chat_template_path", None) is not None
 
 
 def _stage(stage: dict[str, Any], folder: str | None, before: Sequence[Plan]) -> Resolved:

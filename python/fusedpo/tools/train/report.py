@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedpo.tools.train.kl import LIMIT, KLEstimate
+from fusedpo.tools.train.kl import LIMIT, NOT_FINITE, KLEstimate
 from fusedpo.tools.train.memory import MemoryEstimate
 
 FILE = "report.json"
@@ -166,8 +166,8 @@ def warnings_of(
             f"the KL to the reference is above {LIMIT:g} nats: the policy has left what the "
             "reference would write. Raise beta, or lower learning_rate or num_train_epochs."
         )
-    elif isinstance(kl, KLEstimate) and not math.isfinite(kl.kl):
-        found.append("the KL to the reference is no number: the policy's logits are not finite.")
+    elif NOT_FINITE in kl if isinstance(kl, str) else math.isnan(kl.kl):
+        found.append(f"the KL to the reference is no number: {NOT_FINITE}.")
     loss = metrics.get("eval_loss", metrics.get("train_loss", 0.0))
     if not math.isfinite(loss):
         found.append(f"the loss is {loss}: the training has diverged. Lower learning_rate.")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from fusedpo import loss_types
+from fusedpo.tools.train.checks import check_arguments, check_options
 from fusedpo.tools.train.options import Options, Settings, read_config, sort_out
 from fusedpo.tools.train.requirements import require_packages, require_provider
 from fusedpo.tools.train.strategies import TRAINERS, Strategy, find
@@ -111,23 +110,28 @@ def resolve(
     for name, spelt in (("model_name_or_path", "model_name"), ("dataset_name", "dataset")):
         if not {**options.model, **options.data}.get(name):
             raise ValueError(f"the configuration must name the {spelt.split('_')[0]}: {spelt}.")
-    _check_loss_options(options)
+    check_options(options)
     model_args = _model_args(options, ModelConfig)
     require_provider(options.settings.provider, model_args)
     arguments, notes = _arguments(options, config_class)
     from trl import get_peft_config, get_quantization_config
 
     args = config_class(**arguments)
-    if strategy.trainer == "dpo":
-        _check_dpo(args)
-    model_options = _model_options(options.model, args)
+    peft = get_peft_config(model_args)
+    targets = None if peft is None else peft.target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        # ModelConfig takes a list of one apart, and PEFT takes a string for a pattern of the whole
+        # path of a module, which a bare name never matches.
+        peft.target_modules = {targets}
+    check_arguments(strategy, args)
+    model_options = _model_options({**options.args, **options.model}, args)
     # TRL loads a model that is named with these; for the others models.py does.
     named = strategy.trainer in ("dpo", "sft", "kto") and options.settings.provider != "unsloth"
     args.model_init_kwargs = dict(model_options) if named else None
     return Resolved(
         strategy=options.strategy,
         args=args,
-        peft=get_peft_config(model_args),
+        peft=peft,
         quantization=get_quantization_config(model_args),
         model=options.model["model_name_or_path"],
         model_options=model_options,
@@ -148,36 +152,6 @@ def _config_class(trainer: str) -> Any:
 
         return cpo.CPOConfig if trainer == "cpo" else orpo.ORPOConfig
     return {"dpo": trl.DPOConfig, "sft": trl.SFTConfig, "kto": trl.KTOConfig}[trainer]
-
-
-def _check_loss_options(options: Options) -> None:
-    """Refuse options of CPO that the chosen loss would ignore."""
-    if options.strategy.trainer != "cpo":
-        return
-    from fusedpo.trl.cpo_orpo import cpo_loss
-
-    given = options.args
-    loss_type, alpha = given.get("loss_type", "sigmoid"), given.get("alpha", 0.0)
-    known = ("sigmoid", "hinge", "ipo", "simpo")
-    if loss_type not in known:
-        raise ValueError(f"loss_type of CPO must be one of {', '.join(known)}; got {loss_type!r}.")
-    if alpha and loss_type != "simpo":
-        raise ValueError(f"alpha must be 0 with loss_type {loss_type!r}; AlphaPO is 'simpo'.")
-    name = cpo_loss(loss_type, alpha)
-    for key in ("label_smoothing", "simpo_gamma", "cpo_alpha"):
-        if given.get(key) and key not in loss_types()[name].options:
-            raise ValueError(f"{key} is no option of the loss {name!r}; leave it out.")
-
-
-def _check_dpo(args: Any) -> None:
-    """What FusedDPOTrainer would refuse, before data and model are read."""
-    from fusedpo.trl.loss_options import loss_call
-    from fusedpo.trl.refusals import refuse_options
-
-    refuse_options(args)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of ignored options: the trainer says it
-        loss_call(args)
 
 
 def _model_args(options: Options, model_config: Any) -> Any:
@@ -218,9 +192,11 @@ def _arguments(options: Options, config_class: Any) -> tuple[dict[str, Any], lis
 
 
 def _model_options(given: Mapping[str, Any], args: Any) -> dict[str, Any]:
-    """Keywords of `from_pretrained`: those of ModelConfig, and `model_init_kwargs`."""
-    names = {"model_revision": "revision", "dtype": "dtype", "attn_implementation": None}
-    options = {new or name: given[name] for name, new in names.items() if name in given}
+    """Keywords of `from_pretrained`: by their own names, and from `model_init_kwargs`."""
+    names = ("dtype", "attn_implementation", "trust_remote_code")
+    options = {name: given[name] for name in names if name in given}
+    if "model_revision" in given:
+        options["revision"] = given["model_revision"]
     own = args.model_init_kwargs or {}
     twice = sorted(options.keys() & own.keys())
     if twice:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, overload
 
+from fusedpo.tools.runs import STATE_FILE
 from fusedpo.tools.train.data import Data, prompts_of
 from fusedpo.tools.train.kl import KLEstimate, estimate_kl
 from fusedpo.tools.train.models import load, whole_model
@@ -41,15 +42,19 @@ def train(
 
     Raises:
         ValueError, ImportError, RuntimeError, FileNotFoundError: what `resolve` and `load_data`
-            refuse, before anything is written.
+            refuse, and an `output_dir` with the checkpoints of another training, before anything
+            is written.
 
     Example:
 
         train({"strategy": "dpo", "model_name": "Qwen/Qwen2.5-0.5B-Instruct",
                "dataset": "pairs.jsonl", "eval_split": 0.1}).accuracy
     """
-    plans = plan_stages([config], output_dir=output_dir)
-    return plans[0] if dry_run else run_plan(plans[0])
+    plan = plan_stages([config], output_dir=output_dir)[0]
+    if dry_run:
+        return plan
+    _refuse_checkpoints(plan)
+    return run_plan(plan)
 
 
 def train_stages(configs: Sequence[Config], *, output_dir: str | None = None) -> list[TrainReport]:
@@ -65,13 +70,27 @@ def train_stages(configs: Sequence[Config], *, output_dir: str | None = None) ->
         as `train`; and ValueError where two stages would share an output_dir or name different
         models.
     """
-    return [run_plan(plan) for plan in plan_stages(configs, output_dir=output_dir)]
+    plans = plan_stages(configs, output_dir=output_dir)
+    for plan in plans:
+        _refuse_checkpoints(plan)
+    return [run_plan(plan) for plan in plans]
+
+
+def _refuse_checkpoints(plan: Plan) -> None:
+    """A second training would mix its checkpoints with those of the first."""
+    folder = pathlib.Path(plan.run.output_dir)
+    if plan.run.args.resume_from_checkpoint is None and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"{folder} has checkpoints of another training; remove them, name another output_dir, "
+            "or set resume_from_checkpoint."
+        )
 
 
 def run_plan(plan: Plan) -> TrainReport:
     """Train, evaluate, save, and write the report."""
     run, data = plan.run, plan.data
     told = run.as_dict()  # a trainer changes its arguments
+    rows = data.as_dict()
     # Of a training before: until this one is over, the folder is not finished.
     pathlib.Path(run.output_dir, FILE).unlink(missing_ok=True)
     model = whole_model(run)
@@ -84,7 +103,6 @@ def run_plan(plan: Plan) -> TrainReport:
         if data.evaluation is not None:
             metrics |= _evaluated(trainer)
     speed = _tokens_per_second(trainer, metrics["train_runtime"])
-    rows = data.as_dict()
     trainer.save_model()
     trainer.save_state()
     kl = _kl(trainer, run, data, model)
@@ -156,11 +174,10 @@ def _kl(trainer: Any, run: Resolved, data: Data, model: str) -> KLEstimate | str
     if not prompts:
         return "the data has no column prompt"
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    reference = None
-    if run.peft is None:
-        reference = load(model, run).to(policy.device)
-    with trainer.accelerator.autocast():
-        try:
+    # The training is done, and shall have its report: what fails here is told there.
+    try:
+        reference = load(model, run).to(policy.device) if run.peft is None else None
+        with trainer.accelerator.autocast():
             return estimate_kl(
                 policy,
                 reference,
@@ -170,8 +187,8 @@ def _kl(trainer: Any, run: Resolved, data: Data, model: str) -> KLEstimate | str
                 batch_size=run.args.per_device_eval_batch_size,
                 seed=run.args.seed,
             )
-        except ValueError as error:  # the training is done, and shall have its report
-            return str(error)
+    except (ValueError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _plot(trainer: Any, folder: str) -> str | None:
@@ -181,4 +198,6 @@ def _plot(trainer: Any, folder: str) -> str | None:
         return None
     from fusedpo.tools.plot import plot
 
-    return plot([folder], os.path.join(folder, "plot.png")).path
+    # By the file: a folder may have a checkpoint with more steps, of a training before.
+    state = os.path.join(folder, STATE_FILE)
+    return plot([state], os.path.join(folder, "plot.png")).path

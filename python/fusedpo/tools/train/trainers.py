@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from fusedpo.tools.train.data import Data
-from fusedpo.tools.train.models import load, load_unsloth
+from fusedpo.tools.train.models import load, load_unsloth, source_options
 from fusedpo.tools.train.resolving import Resolved
 
 
@@ -79,7 +79,7 @@ def _reference(run: Resolved) -> dict[str, Any]:
 def _tokenizer(model: str, run: Resolved) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=run.model_options.get("revision"))
+    tokenizer = AutoTokenizer.from_pretrained(model, **source_options(run))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
