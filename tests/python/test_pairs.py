@@ -151,6 +151,18 @@ def test_a_folder_goes_on_with_the_same_settings_alone(
         make_pairs(**(arguments | changed))
 
 
+def test_a_prompt_that_is_too_long_is_named_before_sampling_and_can_be_corrected(
+    model: str, tmp_path: pathlib.Path, generated: list[Any]
+) -> None:
+    one_in_a_chunk = Sampling(n=3, max_new_tokens=40, temperature=1.5, batch_size=1)
+    arguments: dict[str, Any] = {"model": model, "judge": judges.longer}
+    arguments |= {"output": tmp_path / "o", "sampling": one_in_a_chunk}
+    with pytest.raises(ValueError, match="prompt 3 has"):
+        make_pairs([*PROMPTS, "tree " * 5000], **arguments)
+    assert not generated
+    assert make_pairs(PROMPTS, **arguments).prompts == 3
+
+
 def test_a_model_that_was_trained_since_is_another_one(tmp_path: pathlib.Path, model: str) -> None:
     import shutil
 
@@ -287,6 +299,10 @@ def unreachable(prompt: str, first: str, second: str) -> str:
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": ["x", "y", "x"]}, '"x" is there twice'),
         ({"template": "{prompt}"}, "template"),
+        (
+            {"model": Endpoint("http://localhost:1/v1", "m"), "sampling": Sampling(n=2, top_k=5)},
+            "top_k is unknown",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_sampled(

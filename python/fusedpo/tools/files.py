@@ -58,12 +58,16 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextlib.contextmanager
-def folder_of(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Iterator[pathlib.Path]:
+def folder_of(
+    path: str | os.PathLike[str], settings: Mapping[str, Any], produced: Sequence[str]
+) -> Iterator[pathlib.Path]:
     """Hold a run's folder, made where it is not there, for a run with these settings.
 
     Args:
         path: the folder.
         settings: JSON-able; kept in `settings.json`. A folder goes on only with the same ones.
+        produced: patterns of the files that belong to the settings. While there is none with
+            anything in it, the settings may change: a run that failed at once can be corrected.
 
     Raises:
         ValueError: it belongs to a run with other settings; the message names them.
@@ -72,7 +76,8 @@ def folder_of(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Iter
     folder = pathlib.Path(path)
     with open_alone(folder / ".lock"):
         kept, settings = folder / "settings.json", json.loads(json.dumps(settings))
-        if kept.exists():
+        there = any(file.stat().st_size for each in produced for file in folder.glob(each))
+        if kept.exists() and there:
             before = json.loads(kept.read_text(encoding="utf-8"))
             differing = [
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"

@@ -24,7 +24,7 @@ from fusedpo.tools.judge import (
 from fusedpo.tools.judge.comparison import check_judge
 from fusedpo.tools.pairs.choosing import Candidates, Choice, candidates, choose
 from fusedpo.tools.pairs.report import PairsReport, summary
-from fusedpo.tools.pairs.samples import sample, sampling_settings
+from fusedpo.tools.pairs.samples import PRODUCED, sample, sampling_settings
 from fusedpo.tools.sampling import Sampling
 
 PAIRS = "pairs.jsonl"
@@ -75,8 +75,9 @@ def make_pairs(
     sampling = sampling or Sampling(n=4)
     prompts = prompts_of(prompts)
     model = model if isinstance(model, Endpoint) else os.fspath(model)
-    check_options(sampling, near_duplicate, template, judge)
-    with folder_of(output, sampling_settings(prompts, model, sampling, dtype)) as folder:
+    check_options(model, sampling, near_duplicate, template, judge)
+    settings = sampling_settings(prompts, model, sampling, dtype)
+    with folder_of(output, settings, PRODUCED) as folder:
         there: list[int] = []
 
         def sampled(done: int, total: int) -> None:
@@ -124,7 +125,8 @@ def make_samples(
     progress: Progress = lambda what, done, total: None,
 ) -> list[Generation]:
     """Do the first half of `make_pairs`, which goes on with it: n answers to each prompt."""
-    with folder_of(output, sampling_settings(prompts, model, sampling, dtype)) as folder:
+    settings = sampling_settings(prompts, model, sampling, dtype)
+    with folder_of(output, settings, PRODUCED) as folder:
         return sample(
             folder,
             prompts,
@@ -154,7 +156,13 @@ def prompts_of(prompts: Prompts) -> list[Prompt]:
     return list(prompts)
 
 
-def check_options(sampling: Sampling, near_duplicate: float, template: str, judge: Judge) -> None:
+def check_options(
+    model: str | Endpoint,
+    sampling: Sampling,
+    near_duplicate: float,
+    template: str,
+    judge: Judge,
+) -> None:
     """Refuse what would fail after the sampling.
 
     Raises:
@@ -164,6 +172,8 @@ def check_options(sampling: Sampling, near_duplicate: float, template: str, judg
         raise ValueError(
             f"n must be at least 2 answers, of which a pair is made; got {sampling.n}."
         )
+    if sampling.top_k is not None and isinstance(model, Endpoint):
+        raise ValueError("top_k is unknown to an OpenAI-compatible server; leave it out.")
     if not 0 < near_duplicate <= 100:
         raise ValueError(
             f"near_duplicate must be a likeness above 0 and at most 100 percent; got "
