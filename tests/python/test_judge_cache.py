@@ -71,6 +71,16 @@ def test_a_function_that_cannot_be_told_from_another_needs_no_cache_but_gets_non
     assert judge(a, b, judge=closure).flips == 1
     with pytest.raises(TypeError, match="closure"):
         judge(a, b, judge=closure, cache=tmp_path / "cache.jsonl")
+
+    def default(prompt: str, first: str, second: str, margin: int = margin) -> str:
+        return "A"
+
+    def keyword(prompt: str, first: str, second: str, *, margin: int = margin) -> str:
+        return "A"
+
+    for each in (default, keyword, lambda prompt, first, second: "A"):
+        with pytest.raises(TypeError, match="default arguments"):
+            judge(a, b, judge=each, cache=tmp_path / "cache.jsonl")
     invisible: dict[str, object] = {}
     exec("def hidden(prompt, first, second): return 'A'", invisible)
     with pytest.raises(TypeError, match="hidden has none"):
