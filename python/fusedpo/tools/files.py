@@ -38,15 +38,13 @@ def append_rows(file: IO[bytes], rows: Sequence[Mapping[str, Any]]) -> None:
     file.flush()
 
 
-def whole_lines(file: IO[bytes]) -> list[bytes]:
-    """Return the lines of a file from `open_alone`, without the part of one that a kill left at the
-    end, which is cut off the file."""
+def lines_and_rest(file: IO[bytes]) -> tuple[list[bytes], bytes]:
+    """Return the whole lines of a file from `open_alone`, and the part of one that a kill may have
+    left at the end."""
     file.seek(0)
     lines = file.readlines()
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-        file.truncate(sum(map(len, lines)))
-    return lines
+    rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+    return lines, rest
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fusedpo.tools.files import append_rows, open_alone, whole_lines, write_whole
+from fusedpo.tools.files import append_rows, lines_and_rest, open_alone, write_whole
 from fusedpo.tools.generate import Generation, Prompt, check_prompts, generate
 from fusedpo.tools.generations import prompt_key, read_generations
 from fusedpo.tools.judge import Endpoint, ReplyCache, Request, ask_all
@@ -98,7 +98,7 @@ def _from_model(
     in_chunk = max(1, _BATCHES_PER_CHUNK * sampling.batch_size // sampling.n)
     chunks = [prompts[i : i + in_chunk] for i in range(0, len(prompts), in_chunk)]
     with open_alone(path) as file:
-        lines = whole_lines(file)
+        lines, _ = lines_and_rest(file)
         done = kept = 0
         while done < len(chunks) and kept + len(chunks[done]) * sampling.n <= len(lines):
             kept += len(chunks[done]) * sampling.n
