@@ -10,6 +10,10 @@ from urllib.parse import urlsplit
 Message = dict[str, str]  # role, content
 
 
+# Of an endpoint whose body nobody sets: for a judge. What samples sets a temperature of its own.
+DEFAULT_BODY: Mapping[str, Any] = {"temperature": 0, "max_tokens": 1024}
+
+
 class EndpointError(RuntimeError):
     """A server could not be made to answer; the message says what it did, and what to do."""
 
@@ -48,7 +52,7 @@ class Endpoint:
     base_url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
-    body: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 1024})
+    body: Mapping[str, Any] = field(default_factory=lambda: DEFAULT_BODY)
     timeout: float = 120.0
     retries: int = 6
     backoff: float = 1.0
