@@ -163,6 +163,14 @@ def test_a_prompt_that_is_too_long_is_named_before_sampling_and_can_be_corrected
     assert make_pairs(PROMPTS, **arguments).prompts == 3
 
 
+def test_samples_that_are_not_of_a_run_are_left_alone(model: str, tmp_path: pathlib.Path) -> None:
+    mine = tmp_path / "samples.jsonl"
+    mine.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"samples\.jsonl without one"):
+        make_pairs(PROMPTS, model=model, judge=judges.longer, output=tmp_path, sampling=SAMPLING)
+    assert mine.read_text() == "mine\n"
+
+
 def test_a_model_that_was_trained_since_is_another_one(tmp_path: pathlib.Path, model: str) -> None:
     import shutil
 

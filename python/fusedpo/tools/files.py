@@ -68,14 +68,20 @@ def folder_of(
             anything in it, the settings may change: a run that failed at once can be corrected.
 
     Raises:
-        ValueError: it belongs to a run with other settings; the message names them.
+        ValueError: it belongs to a run with other settings, which the message names, or to none
+            that is known.
         BlockingIOError: another process works in it.
     """
     folder = pathlib.Path(path)
     with open_alone(folder / ".lock"):
         kept, settings = folder / "settings.json", json.loads(json.dumps(settings))
-        there = any(file.stat().st_size for each in produced for file in folder.glob(each))
-        if kept.exists() and there:
+        there = [file for each in produced for file in folder.glob(each) if file.stat().st_size]
+        if there and not kept.exists():
+            raise ValueError(
+                f"{folder} must be new, or have a run with its settings.json; it has "
+                f"{there[0].name} without one. Name another folder."
+            )
+        if there:
             before = json.loads(kept.read_text(encoding="utf-8"))
             differing = [
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"

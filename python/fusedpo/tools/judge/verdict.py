@@ -14,9 +14,14 @@ from typing import Literal
 Verdict = Literal["A", "B", "tie"]
 
 # C is the tie of the widely used MT-Bench prompt.
-_LABELS: dict[str, Verdict] = {"a": "A", "b": "B"} | dict.fromkeys(
-    ("c", "tie", "draw", "equal"), "tie"
-)
+_LABELS: dict[str, Verdict] = {
+    "a": "A",
+    "b": "B",
+    "c": "tie",
+    "tie": "tie",
+    "draw": "tie",
+    "equal": "tie",
+}
 _NOUN = r"(?:answer|assistant|response|option|model)"
 _LABEL = r"(?:a|b|tie|draw|equal)"
 _KEY = r"(?:verdict|winner|choice|preference|preferred|answer|better(?:\s+(?:answer|response))?)"
