@@ -299,6 +299,25 @@ def test_command_tells_what_is_wrong(
     assert "fusedpo generate: output must end in .jsonl; got out.txt." in capsys.readouterr().err
 
 
+def test_command_writes_over_no_prompts_and_no_page_of_another(
+    folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, notes = tmp_path / "p.jsonl", tmp_path / "q.md"
+    prompts.write_text(json.dumps({"prompt": PROMPTS[0]}) + "\n", encoding="utf-8")
+    notes.write_text("# Notes\n", encoding="utf-8")
+    before = prompts.read_bytes()
+    arguments = ["generate", str(prompts), "--model", str(folder), "--max-new-tokens", "4"]
+    same = str(tmp_path / "." / "x" / ".." / "p.jsonl")
+    assert cli.main([*arguments, "--output", same]) == 1
+    assert "another file than the prompts" in capsys.readouterr().err
+    assert cli.main([*arguments, "--output", str(tmp_path / "q.jsonl")]) == 1
+    assert "q.md alone" in capsys.readouterr().err
+    assert prompts.read_bytes() == before
+    assert notes.read_text(encoding="utf-8") == "# Notes\n"
+    for _ in range(2):  # what it made itself it makes anew
+        assert cli.main([*arguments, "--output", str(tmp_path / "r.jsonl")]) == 0
+
+
 def test_progress_is_told_after_each_batch() -> None:
     told: list[tuple[int, int]] = []
     run(n=2, batch_size=3, progress=lambda made, all_: told.append((made, all_)))

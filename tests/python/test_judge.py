@@ -178,6 +178,32 @@ def test_every_comparison_is_written(tmp_path: pathlib.Path) -> None:
     }
 
 
+def test_an_output_that_cannot_be_is_refused_before_anything_is_asked(
+    tmp_path: pathlib.Path,
+) -> None:
+    def nobody(prompt: str, first: str, second: str) -> str:
+        raise AssertionError("nobody is to be asked")
+
+    a, b, cache = (tmp_path / f"{name}.jsonl" for name in ("a", "b", "cache"))
+    for path in (a, b):
+        path.write_text(json.dumps({"prompt": "p", "completion": path.name}) + "\n")
+    before = a.read_bytes()
+    for output, name in ((a, "a"), (tmp_path / "x" / ".." / "b.jsonl", "b"), (cache, "cache")):
+        with pytest.raises(ValueError, match=f"another file than {name};"):
+            judge(a, b, judge=nobody, cache=cache, output=output)
+    with pytest.raises(ValueError, match="is a folder"):
+        judge(a, b, judge=nobody, output=tmp_path)
+    assert a.read_bytes() == before
+    with pytest.raises(OSError, match=r"a\.jsonl"):
+        judge(a, b, judge=nobody, output=a / "under a file" / "out.jsonl")
+
+
+def test_an_output_may_be_in_a_new_folder_and_hold_any_text(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "new" / "all.jsonl"
+    judge(answers("a\ud800"), answers("x"), judge=judges.longer, output=output)
+    assert json.loads(output.read_text())["a"] == "a\ud800"
+
+
 def test_a_template_without_a_place_for_the_text_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must contain \{first\}, \{second\}"):
         judge(answers("a"), answers("b"), judge=judges.first, template="{prompt}?")

@@ -71,6 +71,16 @@ def test_a_function_that_cannot_be_told_from_another_needs_no_cache_but_gets_non
     assert judge(a, b, judge=closure).flips == 1
     with pytest.raises(TypeError, match="closure"):
         judge(a, b, judge=closure, cache=tmp_path / "cache.jsonl")
+
+    def default(prompt: str, first: str, second: str, margin: int = margin) -> str:
+        return "A"
+
+    def keyword(prompt: str, first: str, second: str, *, margin: int = margin) -> str:
+        return "A"
+
+    for each in (default, keyword, lambda prompt, first, second: "A"):
+        with pytest.raises(TypeError, match="default arguments"):
+            judge(a, b, judge=each, cache=tmp_path / "cache.jsonl")
     invisible: dict[str, object] = {}
     exec("def hidden(prompt, first, second): return 'A'", invisible)
     with pytest.raises(TypeError, match="hidden has none"):
@@ -98,6 +108,34 @@ def test_a_line_that_is_no_reply_is_an_error_and_stays(tmp_path: pathlib.Path) -
         with pytest.raises(ValueError, match=r"cache\.jsonl:2 must be a line of a cache"):
             judge(answers(2, "a"), answers(2, "b"), judge=judges.longer, cache=cache)
         assert cache.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": "p", "completion": "c"}',
+        '{"prompt": "p", "completion": "c"}\n{"prompt": "q"',
+        '{"key": "x"}',
+        "notes",
+        '{"key": "k", "reply": "A"}\nnotes',
+    ],
+)
+def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path: pathlib.Path, content: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"mine\.jsonl:\d must be a line of a cache"):
+        ReplyCache(path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("whole", ['{"key": "ab", "reply": "c\\"d"}'])
+def test_every_beginning_of_a_line_is_cut_off(tmp_path: pathlib.Path, whole: str) -> None:
+    path = tmp_path / "cache.jsonl"
+    for length in range(1, len(whole) + 1):
+        path.write_text(whole + "\n" + whole[:length])
+        with ReplyCache(path) as cache:
+            assert len(cache) == 1
+        assert path.read_text() == whole + "\n"
 
 
 def test_two_processes_do_not_write_one_cache(tmp_path: pathlib.Path) -> None:

@@ -141,6 +141,16 @@ def test_retry_after_as_a_date_is_obeyed() -> None:
         assert server.times[1] - server.times[0] >= 0.9
 
 
+@pytest.mark.parametrize("after", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_retry_after_that_is_past_does_not_end_the_backoff(after: str) -> None:
+    with serve(echo, [status(429, {"Retry-After": after})] * 3) as server:
+        ask(server, backoff=0.1)
+        waits = [after - before for before, after in pairwise(server.times)]
+    assert waits[0] >= 0.05
+    assert waits[1] >= 0.10
+    assert waits[2] >= 0.20
+
+
 def test_a_retry_after_that_is_too_long_is_an_error() -> None:
     with (
         serve(faults=[status(429, {"Retry-After": "86400"})]) as server,
@@ -260,8 +270,42 @@ def test_another_model_template_or_body_is_asked_anew(tmp_path: pathlib.Path) ->
         ({"body": {"n": 2}}, "'n'"),
         ({"base_url": "localhost:8000/v1"}, "http://"),
         ({"model": ""}, "name of its model"),
+        ({"base_url": "http://me:secret@localhost/v1"}, "no user and password"),
+        ({"base_url": "me:secret@localhost/v1"}, "no user and password"),
+        ({"base_url": "http:///v1"}, "name of a host"),
+        ({"base_url": "http://localhost:99999/v1"}, "base_url.*ort"),
+        ({"base_url": "http://localhost:secret/v1"}, "base_url.*ort"),
+        ({"api_key": "sk-secret\nx"}, "printable ASCII"),
+        ({"api_key": "sk secret"}, "printable ASCII"),
+        ({"api_key": "sk-\u201csecret\u201d"}, "printable ASCII"),
+        ({"api_key": ""}, "printable ASCII"),
     ],
 )
 def test_an_endpoint_that_cannot_be_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=told) as error:
         Endpoint(**{"base_url": "http://localhost/v1", "model": "m", **options})
+    if "secret@" in str(options) or "api_key" in options:
+        assert "secret" not in str(error.value)
+
+
+def test_any_text_is_sent() -> None:
+    with serve() as server:
+        ask_all(endpoint(server), [Request([{"role": "user", "content": "\ud800 \u00e9"}])], print)
+        assert server.payloads[0]["messages"][0]["content"] == "\ud800 \u00e9"
+        assert server.headers[0]["Content-Type"] == "application/json"
+
+
+def test_a_request_that_cannot_be_sent_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    tried = []
+
+    async def post(*args: Any, **more: Any) -> None:
+        tried.append(args)
+        raise httpx.LocalProtocolError("Illegal header value b'Bearer sk-secret'")
+
+    monkeypatch.setattr(httpx.AsyncClient, "post", post)
+    with pytest.raises(EndpointError, match="cannot be sent") as error:
+        ask_all(Endpoint("http://localhost/v1", "m"), [Request([])], lambda number, reply: None)
+    assert len(tried) == 1
+    assert "secret" not in str(error.value)

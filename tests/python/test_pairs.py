@@ -151,6 +151,26 @@ def test_a_folder_goes_on_with_the_same_settings_alone(
         make_pairs(**(arguments | changed))
 
 
+def test_a_prompt_that_is_too_long_is_named_before_sampling_and_can_be_corrected(
+    model: str, tmp_path: pathlib.Path, generated: list[Any]
+) -> None:
+    one_in_a_chunk = Sampling(n=3, max_new_tokens=40, temperature=1.5, batch_size=1)
+    arguments: dict[str, Any] = {"model": model, "judge": judges.longer}
+    arguments |= {"output": tmp_path / "o", "sampling": one_in_a_chunk}
+    with pytest.raises(ValueError, match="prompt 3 has"):
+        make_pairs([*PROMPTS, "tree " * 5000], **arguments)
+    assert not generated
+    assert make_pairs(PROMPTS, **arguments).prompts == 3
+
+
+def test_samples_that_are_not_of_a_run_are_left_alone(model: str, tmp_path: pathlib.Path) -> None:
+    mine = tmp_path / "samples.jsonl"
+    mine.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"samples\.jsonl without one"):
+        make_pairs(PROMPTS, model=model, judge=judges.longer, output=tmp_path, sampling=SAMPLING)
+    assert mine.read_text() == "mine\n"
+
+
 def test_a_model_that_was_trained_since_is_another_one(tmp_path: pathlib.Path, model: str) -> None:
     import shutil
 
@@ -287,6 +307,18 @@ def unreachable(prompt: str, first: str, second: str) -> str:
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": ["x", "y", "x"]}, '"x" is there twice'),
         ({"template": "{prompt}"}, "template"),
+        (
+            {"model": Endpoint("http://localhost:1/v1", "m"), "sampling": Sampling(n=2, top_k=5)},
+            "top_k is unknown",
+        ),
+        (
+            {"model": Endpoint("http://localhost:1/v1", "m", body={"temperature": 0.2})},
+            "must not have 'temperature'",
+        ),
+        (
+            {"prompts": ["x", [{"role": "assistant", "content": None, "tool_calls": []}]]},
+            "prompt 1 must be a text or a list of messages",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_sampled(
@@ -308,6 +340,29 @@ def test_a_judge_that_cannot_be_told_from_another_is_refused_at_once(
 
     with pytest.raises(TypeError, match="plain function"):
         make_pairs(PROMPTS, model="no such model", judge=Referee(), output=tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--batch-size", "4"], "--batch-size must come with a model that is loaded here"),
+        (["--dtype", "auto"], "--dtype must come with a model that is loaded here"),
+        (["--max-new-tokens", "9", "--model-body", "{}"], "--max-new-tokens must not come with"),
+        (["--model-body", '{"temperature": 0, "max_tokens": 1024}'], "not have 'temperature'"),
+        (["--model-body", '{"seed": 1}'], "not have 'seed'"),
+        (["--top-k", "5"], "top_k"),
+    ],
+)
+def test_the_command_refuses_what_a_server_would_not_get(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    command = ["pairs", str(prompts), "--model", "http://localhost:1/v1", "--served-model", "m"]
+    command += ["--judge", "judges:longer", "--output", str(tmp_path / "o"), *options]
+    assert cli.main(command) == 1
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_command_makes_pairs_that_precompute_reads(

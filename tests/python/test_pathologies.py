@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("trl", reason="the tools need the extras")
 
 from fusedpo import cli
-from fusedpo.tools.checkpoints import check_files
+from fusedpo.tools.checkpoints import check_files, draw
 from fusedpo.tools.generate import Generation, generate
 from fusedpo.tools.generations import write_generations
 from fusedpo.tools.pathologies import check
@@ -294,6 +294,18 @@ def test_files_are_named_and_take_a_reference(checkpoints: pathlib.Path) -> None
 def test_folder_without_generations_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"must hold files generations-STEP\.jsonl"):
         check_files([tmp_path])
+
+
+def test_checkpoints_whose_texts_are_all_empty_are_drawn(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib", reason="the command draws a plot")
+    before, last = tmp_path / "generations-000000.jsonl", tmp_path / "generations-000010.jsonl"
+    write_generations(before, generations("It is four.", "It is six."))
+    write_generations(last, generations("", ""))
+    report = check_files([tmp_path])
+    assert report.reports[-1].reference_characters == 10.5
+    for each in (report, check_files([last])):
+        draw(each, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_prints_the_counts_and_draws_them(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Annotated, Literal
 import typer
 
 from fusedpo.cli.command import Result
+
+_TITLE = "Generations of"
 
 Patterns = Annotated[
     str | None,
@@ -64,14 +67,14 @@ def generate(
     ] = "auto",
 ) -> Result:
     """Sample completions of a model for a file of prompts; the same ones at every batch size."""
-    import pathlib
-
     from fusedpo.tools.generate import generate as run
     from fusedpo.tools.generations import as_markdown, read_prompts, write_generations, write_text
 
     file = pathlib.Path(output)
     if file.suffix != ".jsonl":
         raise ValueError(f"output must end in .jsonl; got {output}.")
+    page = file.with_suffix(".md")
+    _check_place(prompts, file, page)
     start = time.perf_counter()
     with _progress() as progress:
         made = run(
@@ -89,9 +92,8 @@ def generate(
             progress=progress,
         )
     seconds = time.perf_counter() - start
-    page = file.with_suffix(".md")
     write_generations(file, made)
-    write_text(page, as_markdown(made, f"Generations of {model}"))
+    write_text(page, as_markdown(made, f"{_TITLE} {model}"))
     tokens, cut = sum(each.num_tokens for each in made), sum(each.truncated for each in made)
     report = {
         "output": output,
@@ -139,6 +141,17 @@ def pathologies(
     if plot is not None:
         draw(report, plot)
     return Result(report.as_dict(), report.render())
+
+
+def _check_place(prompts: str, output: pathlib.Path, page: pathlib.Path) -> None:
+    """Refuse to write over what was not generated."""
+    if output.resolve() == pathlib.Path(prompts).resolve():
+        raise ValueError(f"output must be another file than the prompts; both are {output}.")
+    if page.exists() and not page.read_bytes().startswith(f"# {_TITLE} ".encode()):
+        raise ValueError(
+            f"output must leave {page} alone, which is no page of generations but would be "
+            "written over; name another file."
+        )
 
 
 @contextlib.contextmanager

@@ -89,7 +89,10 @@ Samples = Annotated[
     int, typer.Option("--n", metavar="N", rich_help_panel=SAMPLING, help="Answers to each prompt.")
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option(metavar="N", rich_help_panel=SAMPLING, help="An answer is cut there.")
+    int | None,
+    typer.Option(
+        metavar="N", rich_help_panel=SAMPLING, help="An answer is cut there. Default: 256."
+    ),
 ]
 Temperature = Annotated[float, typer.Option(metavar="T", rich_help_panel=SAMPLING)]
 TopP = Annotated[
@@ -102,11 +105,12 @@ TopK = Annotated[
 ]
 Seed = Annotated[int, typer.Option(metavar="N", rich_help_panel=SAMPLING)]
 BatchSize = Annotated[
-    int, typer.Option(metavar="N", rich_help_panel=SAMPLING, help="Answers at once.")
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=SAMPLING, help="Answers at once. Default: 8."),
 ]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(rich_help_panel=SAMPLING, help="Of the weights; auto: as saved."),
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    typer.Option(rich_help_panel=SAMPLING, help="Of the weights. Default: auto, as saved."),
 ]
 NearDuplicate = Annotated[
     float,
@@ -128,13 +132,17 @@ def asking_options(
     requests_per_minute: float | None,
 ) -> dict[str, Any]:
     """The fields of `Endpoint` that a command line sets."""
-    given = {
-        "timeout": timeout,
-        "retries": retries,
-        "concurrency": concurrency,
-        "requests_per_minute": requests_per_minute,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+    return given(
+        timeout=timeout,
+        retries=retries,
+        concurrency=concurrency,
+        requests_per_minute=requests_per_minute,
+    )
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those that are on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def find_judge(
@@ -158,16 +166,16 @@ def find_judge(
 
     if is_address(name):
         return endpoint(name, "--judge-model", model=model, key=key, body=body, **asking)
-    given = {"--judge-model": model, "--judge-key": key, "--judge-body": body}
+    of_server = {"--judge-model": model, "--judge-key": key, "--judge-body": body}
     if not other_server:
-        given |= {f"--{option.replace('_', '-')}": value for option, value in asking.items()}
-    refuse_without_server("--judge", name, given)
+        of_server |= {f"--{option.replace('_', '-')}": value for option, value in asking.items()}
+    refuse_without_server("--judge", name, of_server)
     return load_function(name)
 
 
-def refuse_without_server(option: str, name: str, given: dict[str, Any]) -> None:
+def refuse_without_server(option: str, name: str, of_server: dict[str, Any]) -> None:
     """Refuse options of a server where `option` names none."""
-    useless = [each for each, value in given.items() if value is not None]
+    useless = [*given(**of_server)]
     if useless:
         raise ValueError(
             f"{', '.join(useless)} must come with the address of a server; {option} is {name}."

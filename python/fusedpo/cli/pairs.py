@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,13 +39,13 @@ def pairs(
     ],
     near_duplicate: judging.NearDuplicate = 95.0,
     n: judging.Samples = 4,
-    max_new_tokens: judging.MaxNewTokens = 256,
+    max_new_tokens: judging.MaxNewTokens = None,
     temperature: judging.Temperature = 1.0,
     top_p: judging.TopP = 1.0,
     top_k: judging.TopK = None,
     seed: judging.Seed = 0,
-    batch_size: judging.BatchSize = 8,
-    dtype: judging.Dtype = "auto",
+    batch_size: judging.BatchSize = None,
+    dtype: judging.Dtype = None,
     served_model: Annotated[
         str | None,
         typer.Option(metavar="M", rich_help_panel=SERVER, help="The model's name at the server."),
@@ -62,8 +63,8 @@ def pairs(
         typer.Option(
             metavar="JSON",
             rich_help_panel=SERVER,
-            help="Sent with each request, beside temperature, top_p and seed. Default: "
-            '{"max_tokens": 256}, or what --max-new-tokens says.',
+            help="Sent with each request, beside temperature, top_p and seed, which have their own "
+            'options. Default: {"max_tokens": 256}, or what --max-new-tokens says.',
         ),
     ] = None,
     judge_model: judging.JudgeModel = None,
@@ -85,6 +86,7 @@ def pairs(
         model=_model(
             model,
             {"--served-model": served_model, "--model-key": model_key, "--model-body": model_body},
+            {"--batch-size": batch_size, "--dtype": dtype},
             max_new_tokens,
             asking,
         ),
@@ -97,8 +99,15 @@ def pairs(
             other_server=judging.is_address(model),
         ),
         output=output,
-        sampling=Sampling(n, max_new_tokens, temperature, top_p, top_k, seed, batch_size),
-        dtype=dtype,
+        sampling=Sampling(
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            **judging.given(max_new_tokens=max_new_tokens, batch_size=batch_size),
+        ),
+        **judging.given(dtype=dtype),
         near_duplicate=near_duplicate,
         progress=judging.Bars(),
         **judging.read_template(template),
@@ -107,11 +116,27 @@ def pairs(
 
 
 def _model(
-    name: str, served: dict[str, str | None], max_new_tokens: int, asking: dict[str, Any]
+    name: str,
+    served: dict[str, str | None],
+    loaded: dict[str, Any],
+    max_new_tokens: int | None,
+    asking: dict[str, Any],
 ) -> str | Endpoint:
+    """The model that a command line names; `served` and `loaded` are the options of each kind."""
     if not judging.is_address(name):
         judging.refuse_without_server("--model", name, served)
         return name
+    useless = [*judging.given(**loaded)]
+    if useless:
+        raise ValueError(
+            f"{', '.join(useless)} must come with a model that is loaded here; --model is {name}, "
+            "the address of a server."
+        )
     model, key, body = served.values()
-    body = body or f'{{"max_tokens": {max_new_tokens}}}'
+    if body is not None and max_new_tokens is not None:
+        raise ValueError(
+            "--max-new-tokens must not come with --model-body, which takes its place; say there "
+            "how long an answer may be, as the server names it."
+        )
+    body = body or json.dumps({"max_tokens": max_new_tokens or 256})
     return judging.endpoint(name, "--served-model", model=model, key=key, body=body, **asking)

@@ -117,12 +117,12 @@ def draw(report: CheckpointReport, path: str | os.PathLike[str]) -> None:
     shares.legend(fontsize="small")
     means = [each.mean_characters for each in report.reports]
     lengths.plot(places, means, marker="o", markersize=4, label="mean")
-    last = report.reports[-1]
-    if last.length_ratio is not None:
-        means.append(last.mean_characters / last.length_ratio)
-        lengths.axhline(means[-1], linestyle="--", color="0.5", label="the reference's mean")
+    reference = report.reports[-1].reference_characters
+    if reference is not None:
+        means.append(reference)
+        lengths.axhline(reference, linestyle="--", color="0.5", label="the reference's mean")
     lengths.set_ylabel("length, characters")
-    lengths.set_ylim(0, 1.1 * max(means))
+    lengths.set_ylim(0, max(1.0, 1.1 * max(means)))  # all may be empty
     lengths.legend(fontsize="small", loc="lower left")
     for axes in (shares, lengths):
         axes.set_xlabel("checkpoint")

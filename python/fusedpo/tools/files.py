@@ -38,15 +38,13 @@ def append_rows(file: IO[bytes], rows: Sequence[Mapping[str, Any]]) -> None:
     file.flush()
 
 
-def whole_lines(file: IO[bytes]) -> list[bytes]:
-    """Return the lines of a file from `open_alone`, without the part of one that a kill left at the
-    end, which is cut off the file."""
+def lines_and_rest(file: IO[bytes]) -> tuple[list[bytes], bytes]:
+    """Return the whole lines of a file from `open_alone`, and the part of one that a kill may have
+    left at the end."""
     file.seek(0)
     lines = file.readlines()
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-        file.truncate(sum(map(len, lines)))
-    return lines
+    rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+    return lines, rest
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -58,21 +56,32 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextlib.contextmanager
-def folder_of(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Iterator[pathlib.Path]:
+def folder_of(
+    path: str | os.PathLike[str], settings: Mapping[str, Any], produced: Sequence[str]
+) -> Iterator[pathlib.Path]:
     """Hold a run's folder, made where it is not there, for a run with these settings.
 
     Args:
         path: the folder.
         settings: JSON-able; kept in `settings.json`. A folder goes on only with the same ones.
+        produced: patterns of the files that belong to the settings. While there is none with
+            anything in it, the settings may change: a run that failed at once can be corrected.
 
     Raises:
-        ValueError: it belongs to a run with other settings; the message names them.
+        ValueError: it belongs to a run with other settings, which the message names, or to none
+            that is known.
         BlockingIOError: another process works in it.
     """
     folder = pathlib.Path(path)
     with open_alone(folder / ".lock"):
         kept, settings = folder / "settings.json", json.loads(json.dumps(settings))
-        if kept.exists():
+        there = [file for each in produced for file in folder.glob(each) if file.stat().st_size]
+        if there and not kept.exists():
+            raise ValueError(
+                f"{folder} must be new, or have a run with its settings.json; it has "
+                f"{there[0].name} without one. Name another folder."
+            )
+        if there:
             before = json.loads(kept.read_text(encoding="utf-8"))
             differing = [
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"

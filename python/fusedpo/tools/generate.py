@@ -99,9 +99,7 @@ def generate(
     elif adapter is not None:
         raise ValueError("adapter goes with a model that is named; put it on the model yourself.")
     tokenizer = tokenizer or tokenizer_of(model)
-    texts = [_as_text(prompt, tokenizer, place) for place, prompt in enumerate(prompts)]
-    ids = [_encode(text, prompt, tokenizer) for text, prompt in zip(texts, prompts, strict=True)]
-    _check_lengths(ids, model, max_new_tokens)
+    texts, ids = check_prompts(model, tokenizer, prompts, max_new_tokens)
 
     samples = [(place, index) for place in range(len(prompts)) for index in range(n)]
     # Batches of like lengths have little padding; with the longest first, whether the memory
@@ -127,6 +125,23 @@ def generate(
             if progress is not None:
                 progress(len(made), len(samples))
     return [made[sample] for sample in samples]
+
+
+def check_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+) -> tuple[list[str], list[list[int]]]:
+    """Return the text and the token ids of each prompt.
+
+    Raises:
+        ValueError: a prompt that `generate` cannot take; the message has its place.
+    """
+    texts = [_as_text(prompt, tokenizer, place) for place, prompt in enumerate(prompts)]
+    ids = [_encode(text, prompt, tokenizer) for text, prompt in zip(texts, prompts, strict=True)]
+    _check_lengths(ids, model, max_new_tokens)
+    return texts, ids
 
 
 def _as_text(prompt: Prompt, tokenizer: Any, place: int) -> str:

@@ -36,6 +36,7 @@ class PathologyReport:
         findings: each one, with its evidence.
         mean_characters: the mean length of a completion.
         length_ratio: that, relative to the reference's answers to the same prompts; None without.
+        reference_characters: the mean length of those answers; None without.
         truncated: completions that were cut before the model ended them; their length says less.
     """
 
@@ -44,6 +45,7 @@ class PathologyReport:
     findings: tuple[Finding, ...]
     mean_characters: float
     length_ratio: float | None
+    reference_characters: float | None
     truncated: int
 
     def share(self, check: str) -> float:
@@ -115,6 +117,7 @@ def check(
         findings=tuple(findings),
         mean_characters=characters / len(texts),
         length_ratio=None if expected is None else characters / max(sum(expected), 1.0),
+        reference_characters=None if expected is None else sum(expected) / len(texts),
         truncated=sum(isinstance(each, Generation) and each.truncated for each in completions),
     )
 

@@ -37,7 +37,7 @@ from fusedpo.tools.pairs.run import (
     make_samples,
     prompts_of,
 )
-from fusedpo.tools.pairs.samples import SAMPLES, sampling_settings
+from fusedpo.tools.pairs.samples import PRODUCED, SAMPLES, sampling_settings
 from fusedpo.tools.pathologies import check
 from fusedpo.tools.sampling import Sampling
 from fusedpo.tools.train.options import read_config
@@ -91,7 +91,7 @@ def iterate(
     first, config = os.fspath(model), read_config(config)
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}.")
-    check_options(sampling, near_duplicate, template, judge)
+    check_options(first, sampling, near_duplicate, template, judge)
     check_config(config)
     options = _options(rounds, beta=beta, learning_rate=learning_rate)
     for each in options:
@@ -102,7 +102,8 @@ def iterate(
         "near_duplicate": near_duplicate,
         "config": config,
     }
-    with folder_of(output, settings) as folder:
+    produced = [f"round-*/{name}" for name in PRODUCED]
+    with folder_of(output, settings, produced) as folder:
         found: list[Round] = []
         reference: list[Generation] = []
         policy = first

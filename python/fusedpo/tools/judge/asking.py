@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import random
 import re
 import time
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 MAX_BACKOFF = 60.0  # seconds
 MAX_RETRY_AFTER = 600.0  # seconds; a server that asks for more is out of quota rather than busy
+_SPREAD = 1.0  # seconds at most, after a Retry-After
 _SECONDS = re.compile(r"\d+(\.\d+)?")
+_JSON = {"Content-Type": "application/json"}
 _PASSING = (408, 409, 425, 429)  # and 5xx
 
 
@@ -115,11 +118,13 @@ async def _ask(
         try:
             return await _attempt(client, endpoint, request)
         except _Passing as failure:
-            if failure.after is not None:
-                pacer.hold(failure.after)
-            elif attempt < endpoint.retries:
-                wait = min(endpoint.backoff * 2**attempt, MAX_BACKOFF)
-                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+            if attempt < endpoint.retries:
+                wait = min(endpoint.backoff * 2**attempt, MAX_BACKOFF) * random.uniform(0.5, 1.0)
+                if failure.after:  # 0, or a date that is past, asks for nothing
+                    pacer.hold(failure.after)
+                    # Those that were refused together do not come back together.
+                    wait = failure.after + min(wait, _SPREAD)
+                await asyncio.sleep(wait)
             last = failure
     raise EndpointError(
         f"{endpoint.url} failed {endpoint.retries + 1} times in a row, at last so: {last}. What "
@@ -131,10 +136,17 @@ async def _attempt(client: httpx.AsyncClient, endpoint: Endpoint, request: Reque
     import httpx
 
     try:
-        sent = client.post(endpoint.url, json=endpoint.payload(request))
+        # Escaped to ASCII: a text may have a lone surrogate, which is no UTF-8.
+        content = json.dumps(endpoint.payload(request)).encode()
+        sent = client.post(endpoint.url, content=content, headers=_JSON)
         response = await asyncio.wait_for(sent, endpoint.timeout)
     except (asyncio.TimeoutError, TimeoutError):
         raise _Passing(f"no answer within {endpoint.timeout:g} seconds") from None
+    except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:
+        raise EndpointError(
+            f"a request to {endpoint.url} cannot be sent ({type(error).__name__}); check the "
+            "address."
+        ) from None
     except httpx.RequestError as error:
         raise _Passing(f"{type(error).__name__}: {error}".rstrip(": ")) from error
     if response.status_code != 200:

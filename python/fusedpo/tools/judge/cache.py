@@ -1,9 +1,9 @@
 """Replies on disk, so that nothing is asked twice, whatever happened in between.
 
-One JSON object a line, `{"key": ..., "reply": ...}`, only ever appended to. A kill can leave a part
-of a line at the end, which is cut off when the file is opened again; anything else that is not such
-a line is an error, for nobody knows what was there. What is kept is the reply and not the verdict,
-so that reading it better costs no second question.
+One JSON object a line, `{"key": ..., "reply": ...}`, only ever appended to. A kill can leave the
+beginning of a line at the end, which is cut off when the file is opened again; anything else that
+is not such a line is an error that changes nothing, for nobody knows what was there. What is kept
+is the reply and not the verdict, so that reading it better costs no second question.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
 
-from fusedpo.tools.files import append_rows, open_alone, whole_lines
+from fusedpo.tools.files import append_rows, lines_and_rest, open_alone
 
 
 class ReplyCache:
@@ -72,16 +72,33 @@ class ReplyCache:
             self._file.close()
 
     def _read(self, path: str, file: IO[bytes]) -> None:
-        for number, line in enumerate(whole_lines(file), start=1):
+        lines, rest = lines_and_rest(file)
+        for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
                 self._replies[entry["key"]] = str(entry["reply"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number} must be a line of a cache of replies, "
-                    f'{{"key": ..., "reply": ...}}; got {line[:80]!r}. Remove that line, or name '
-                    "another file."
-                ) from error
+                raise _no_line(path, number, line) from error
+        if rest:
+            if not _begins_a_line(rest):
+                raise _no_line(path, len(lines) + 1, rest)
+            file.truncate(sum(map(len, lines)))
+
+
+def _no_line(path: str, number: int, line: bytes) -> ValueError:
+    return ValueError(
+        f'{path}:{number} must be a line of a cache of replies, {{"key": ..., "reply": ...}}; got '
+        f"{line[:80]!r}. Remove that line, or name another file."
+    )
+
+
+def _begins_a_line(rest: bytes) -> bool:
+    """Whether a kill while `put` wrote can have left this; anything else is not ours to cut off."""
+    opening, between = b'{"key": "', b'", "reply": "'
+    if not rest.startswith(opening):
+        return opening.startswith(rest)
+    _, quote, after = rest[len(opening) :].partition(b'"')
+    return between.startswith((quote + after)[: len(between)])
 
 
 def content_key(content: Mapping[str, Any]) -> str:

@@ -43,14 +43,22 @@ def function_identity(function: JudgeFunction) -> dict[str, Any]:
     """What tells a judging function from another, JSON-able: its name and a digest of its source.
 
     Raises:
-        TypeError: it is no function, or one with a closure or without source: then two that differ
-            cannot be told apart, and the replies of one would be taken for those of the other.
+        TypeError: it is no function, a lambda, or one with a closure, with default arguments or
+            without source: then two that differ cannot be told apart, and the replies of one would
+            be taken for those of the other.
     """
     name = getattr(function, "__qualname__", repr(function))
-    if not inspect.isfunction(function) or function.__closure__:
+    if (
+        not inspect.isfunction(function)
+        or function.__closure__
+        # A default may be any value, and the source of a lambda is all lines that it stands on.
+        or function.__defaults__
+        or function.__kwdefaults__
+        or function.__name__ == "<lambda>"
+    ):
         raise TypeError(
-            f"replies can be kept only for a plain function without a closure; got {name}. Define "
-            "the judge with def in a module, or use no cache."
+            "replies can be kept only for a plain function without a closure or default arguments; "
+            f"got {name}. Define the judge with def in a module, or use no cache."
         )
     try:
         source = inspect.getsource(function)

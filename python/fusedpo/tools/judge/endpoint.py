@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 Message = dict[str, str]  # role, content
+
+
+# Of an endpoint whose body nobody sets: for a judge. What samples sets a temperature of its own.
+DEFAULT_BODY: Mapping[str, Any] = {"temperature": 0, "max_tokens": 1024}
 
 
 class EndpointError(RuntimeError):
@@ -36,7 +41,7 @@ class Endpoint:
             completion.
         backoff: seconds before the second attempt, doubled for each one after it, at most 60; each
             wait is shortened at random by up to a half, so that requests that failed together do
-            not come back together. A server's `Retry-After` is obeyed instead.
+            not come back together. A server's `Retry-After` above 0 is obeyed instead.
         concurrency: questions in flight.
         requests_per_minute: attempts begin at least 60 / this many seconds apart. None: no limit.
 
@@ -47,7 +52,7 @@ class Endpoint:
     base_url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
-    body: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 1024})
+    body: Mapping[str, Any] = field(default_factory=lambda: DEFAULT_BODY)
     timeout: float = 120.0
     retries: int = 6
     backoff: float = 1.0
@@ -55,9 +60,12 @@ class Endpoint:
     requests_per_minute: float | None = None
 
     def __post_init__(self) -> None:
+        _check_url(self.base_url)
+        key = self.api_key
         _check(
-            self.base_url.startswith(("http://", "https://")),
-            f"base_url must begin with http:// or https://; got {self.base_url!r}.",
+            key is None or (bool(key) and all("!" <= each <= "~" for each in key)),
+            "api_key must be printable ASCII without spaces, and not empty (it is not shown here); "
+            "look for a line break or for quotation marks in it.",
         )
         _check(bool(self.model), "an endpoint needs the name of its model; got an empty one.")
         for name in ("model", "messages", "stream", "n"):
@@ -101,6 +109,26 @@ def reply_text(decoded: Any) -> str:
     if content is not None and not isinstance(content, str):
         raise ValueError(f'the "content" must be a text; it is a {type(content).__name__}')
     return content or ""
+
+
+def _check_url(url: str) -> None:
+    """Refuse an address that no request could go to, or with a password, which every report would
+    tell; such an address is not shown."""
+    _check(
+        "@" not in url,
+        "base_url must have no user and password (it is not shown here), for it stands in reports "
+        "and caches; give the key as api_key.",
+    )
+    _check(
+        url.startswith(("http://", "https://")),
+        f"base_url must begin with http:// or https://; got {url!r}.",
+    )
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"base_url must be an address; got {url!r} ({error}).") from None
+    _check(bool(host), f"base_url must have the name of a host; got {url!r}.")
 
 
 def _check(holds: bool, message: str) -> None:

@@ -7,6 +7,9 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from fusedpo.tools.files import write_whole
 
 from .answers import Answered, matched, sequence_of
 from .cache import ReplyCache
@@ -41,7 +44,8 @@ def judge(
         cache: a file of replies, made if it is not there. What it has is not asked again, so a run
             that was stopped goes on where it was.
         template: what an endpoint is asked, with {prompt}, {first} and {second}.
-        output: a JSONL file for every comparison, with both verdicts and what follows.
+        output: a JSONL file for every comparison, with both verdicts and what follows; none of the
+            other files. Its folder is made if it is not there.
         seed, resamples: of the bootstrap interval.
         progress: told how many replies are there, of how many.
 
@@ -63,6 +67,7 @@ def judge(
     check_judge(judge, template)
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1; got {resamples}.")
+    _check_output(output, a=a, b=b, cache=cache)
     matches = matched(sequence_of(a), sequence_of(b))
     questions = [Question(each.prompt, each.a, each.b) for each in matches]
     with ReplyCache(cache) as replies:
@@ -104,15 +109,32 @@ def judge_name(judge: Judge) -> str:
 
 def write_comparisons(path: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
     """Write a line for each comparison: prompt, a, b, both verdicts and the outcome for `a`."""
-    with pathlib.Path(path).open("w", encoding="utf-8") as file:
-        for each in comparisons:
-            row = {
-                **each.question._asdict(),
-                "a_first": each.a_first,
-                "b_first": each.b_first,
-                "outcome": each.outcome,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = [
+        {
+            **each.question._asdict(),
+            "a_first": each.a_first,
+            "b_first": each.b_first,
+            "outcome": each.outcome,
+        }
+        for each in comparisons
+    ]
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _check_output(output: str | os.PathLike[str] | None, **others: Any) -> None:
+    """Refuse, and make ready, what would fail or overwrite something after all was asked."""
+    if output is None:
+        return
+    path = pathlib.Path(output)
+    for name, other in others.items():
+        if (
+            isinstance(other, (str, os.PathLike))
+            and path.resolve() == pathlib.Path(other).resolve()
+        ):
+            raise ValueError(f"output must be another file than {name}; both are {path}.")
+    if path.is_dir():
+        raise ValueError(f"output must be a file; {path} is a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _name(answers: Answers, default: str) -> str:

@@ -13,20 +13,27 @@ from typing import Literal
 
 Verdict = Literal["A", "B", "tie"]
 
-_LABELS: dict[str, Verdict] = {"a": "A", "b": "B", "tie": "tie", "draw": "tie", "equal": "tie"}
+# C is the tie of the widely used MT-Bench prompt.
+_LABELS: dict[str, Verdict] = {
+    "a": "A",
+    "b": "B",
+    "c": "tie",
+    "tie": "tie",
+    "draw": "tie",
+    "equal": "tie",
+}
 _NOUN = r"(?:answer|assistant|response|option|model)"
-_LABEL = r"(a|b|tie|draw|equal)"
-_KEY = r"(?:verdict|winner|choice|preference|preferred|better(?:\s+(?:answer|response))?)"
+_LABEL = r"(?:a|b|tie|draw|equal)"
+_KEY = r"(?:verdict|winner|choice|preference|preferred|answer|better(?:\s+(?:answer|response))?)"
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
-# [[C]] is the tie of the widely used MT-Bench prompt.
 _MARK = re.compile(r"\[\[\s*(a|b|c|tie)\s*\]\]", re.IGNORECASE)
 _JSON_KEYS = ("verdict", "winner", "choice", "preference", "preferred", "better")
 _NAMED = re.compile(
-    rf"^[\W_]*(?:(?:my|the)\s+)?(?:final\s+)?{_KEY}[*_`\s]*[:=][\W_]*(?:{_NOUN}\s+)?{_LABEL}[\W_]*$",
+    rf"^[\W_]*(?:(?:my|the)\s+)?(?:final\s+)?{_KEY}[*_`\s]*[:=][\W_]*(?:{_NOUN}\s+)?({_LABEL}|c)[\W_]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _LAST_LINE = re.compile(
-    rf"^[\W_]*(?:(?:the\s+)?winner\s+is\s+)?(?:{_NOUN}\s+)?{_LABEL}"
+    rf"^[\W_]*(?:(?:the\s+)?winner\s+is\s+)?(?:{_NOUN}\s+)?({_LABEL})"
     r"(?:\s+(?:is\s+(?:the\s+)?(?:better|best|winner)|wins))?[\W_]*$",
     re.IGNORECASE,
 )
@@ -37,8 +44,9 @@ def parse_verdict(reply: str) -> Verdict | None:
 
     The forms, of which the first that occurs decides: `[[A]]`, `[[B]]`, `[[C]]` or `[[tie]]`
     anywhere; a JSON object with one of the keys verdict, winner, choice, preference, preferred,
-    better; a line `Verdict: A` (or Winner, Choice, ...); a last line that is a label alone, such as
-    `A`, `**B**.`, `Answer A is better`, `tie`. What stands in `<think>...</think>` is left out.
+    better; a line `Verdict: A` (or Winner, Answer, ...); a last line that is a label alone, such as
+    `A`, `**B**.`, `Answer A is better`, `tie`. In all but the last C is a tie, too. What stands in
+    `<think>...</think>`, or before a `</think>` alone, is left out.
 
     Example:
         >>> parse_verdict("B is shorter, but right. [[B]]")
@@ -48,7 +56,8 @@ def parse_verdict(reply: str) -> Verdict | None:
         >>> parse_verdict("[[A]] or [[B]]?") is None
         True
     """
-    text = _THOUGHTS.sub("", reply)
+    # Many chat templates open the thoughts themselves, so that a reply has their end alone.
+    text = re.split("</think>", _THOUGHTS.sub("", reply), flags=re.IGNORECASE)[-1]
     if "<think>" in text.lower():
         return None  # cut off while it was still thinking
     for form in (_marks, _objects, _named_lines, _last_line):
@@ -60,7 +69,7 @@ def parse_verdict(reply: str) -> Verdict | None:
 
 def _marks(text: str) -> Iterator[Verdict]:
     for label in _MARK.findall(text):
-        yield _LABELS["tie" if label.lower() == "c" else label.lower()]
+        yield _LABELS[label.lower()]
 
 
 def _objects(text: str) -> Iterator[Verdict]:
@@ -72,10 +81,12 @@ def _objects(text: str) -> Iterator[Verdict]:
             start = text.find("{", start + 1)
             continue
         start = text.find("{", end)
-        for key in _JSON_KEYS:
-            match = _LAST_LINE.match(fields[key]) if isinstance(fields.get(key), str) else None
-            if match:
-                yield _LABELS[match[1].lower()]
+        for key, value in fields.items():
+            if key.lower() in _JSON_KEYS and isinstance(value, str):
+                match = _LAST_LINE.match(value)
+                label = (match[1] if match else value.strip()).lower()
+                if label in _LABELS:
+                    yield _LABELS[label]
 
 
 def _named_lines(text: str) -> Iterator[Verdict]:

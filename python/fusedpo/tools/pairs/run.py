@@ -21,10 +21,12 @@ from fusedpo.tools.judge import (
     judge_identity,
     judge_name,
 )
+from fusedpo.tools.judge.answers import plain_text
 from fusedpo.tools.judge.comparison import check_judge
+from fusedpo.tools.judge.endpoint import DEFAULT_BODY
 from fusedpo.tools.pairs.choosing import Candidates, Choice, candidates, choose
 from fusedpo.tools.pairs.report import PairsReport, summary
-from fusedpo.tools.pairs.samples import sample, sampling_settings
+from fusedpo.tools.pairs.samples import PRODUCED, sample, sampling_settings
 from fusedpo.tools.sampling import Sampling
 
 PAIRS = "pairs.jsonl"
@@ -75,8 +77,9 @@ def make_pairs(
     sampling = sampling or Sampling(n=4)
     prompts = prompts_of(prompts)
     model = model if isinstance(model, Endpoint) else os.fspath(model)
-    check_options(sampling, near_duplicate, template, judge)
-    with folder_of(output, sampling_settings(prompts, model, sampling, dtype)) as folder:
+    check_options(model, sampling, near_duplicate, template, judge)
+    settings = sampling_settings(prompts, model, sampling, dtype)
+    with folder_of(output, settings, PRODUCED) as folder:
         there: list[int] = []
 
         def sampled(done: int, total: int) -> None:
@@ -124,7 +127,8 @@ def make_samples(
     progress: Progress = lambda what, done, total: None,
 ) -> list[Generation]:
     """Do the first half of `make_pairs`, which goes on with it: n answers to each prompt."""
-    with folder_of(output, sampling_settings(prompts, model, sampling, dtype)) as folder:
+    settings = sampling_settings(prompts, model, sampling, dtype)
+    with folder_of(output, settings, PRODUCED) as folder:
         return sample(
             folder,
             prompts,
@@ -139,10 +143,18 @@ def prompts_of(prompts: Prompts) -> list[Prompt]:
     """A file's prompts, or those that are given.
 
     Raises:
-        ValueError: there is none, or one is there twice, whose samples would be the same.
+        ValueError: there is none; one is there twice, whose samples would be the same; or one is no
+            text or conversation of texts, and could not be shown to a judge.
     """
     if isinstance(prompts, (str, os.PathLike)):
-        return read_prompts(pathlib.Path(prompts))
+        prompts = read_prompts(pathlib.Path(prompts))
+    for place, prompt in enumerate(prompts):
+        try:
+            plain_text(prompt)  # what the judge is shown
+        except TypeError as error:
+            raise ValueError(
+                f"prompt {place} {error}. Each message needs a role and a content that are texts."
+            ) from None
     given = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
     if not given:
         raise ValueError("there must be at least one prompt; got none.")
@@ -154,7 +166,13 @@ def prompts_of(prompts: Prompts) -> list[Prompt]:
     return list(prompts)
 
 
-def check_options(sampling: Sampling, near_duplicate: float, template: str, judge: Judge) -> None:
+def check_options(
+    model: str | Endpoint,
+    sampling: Sampling,
+    near_duplicate: float,
+    template: str,
+    judge: Judge,
+) -> None:
     """Refuse what would fail after the sampling.
 
     Raises:
@@ -164,6 +182,8 @@ def check_options(sampling: Sampling, near_duplicate: float, template: str, judg
         raise ValueError(
             f"n must be at least 2 answers, of which a pair is made; got {sampling.n}."
         )
+    if isinstance(model, Endpoint):
+        _check_server(model, sampling)
     if not 0 < near_duplicate <= 100:
         raise ValueError(
             f"near_duplicate must be a likeness above 0 and at most 100 percent; got "
@@ -171,6 +191,17 @@ def check_options(sampling: Sampling, near_duplicate: float, template: str, judg
         )
     check_judge(judge, template)
     judge_identity(judge, template)
+
+
+def _check_server(model: Endpoint, sampling: Sampling) -> None:
+    if sampling.top_k is not None:
+        raise ValueError("top_k is unknown to an OpenAI-compatible server; leave it out.")
+    for name in ("temperature", "top_p", "seed"):
+        if name in model.body and model.body is not DEFAULT_BODY:
+            raise ValueError(
+                f"the body of the model that answers must not have {name!r}, which the sampling "
+                "sets; give it there."
+            )
 
 
 def _choices(groups: Sequence[Candidates], comparisons: Sequence[Comparison]) -> list[Choice]:

@@ -14,8 +14,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fusedpo.tools.files import append_rows, open_alone, whole_lines, write_whole
-from fusedpo.tools.generate import Generation, Prompt, generate
+from fusedpo.tools.files import append_rows, lines_and_rest, open_alone, write_whole
+from fusedpo.tools.generate import Generation, Prompt, check_prompts, generate
 from fusedpo.tools.generations import prompt_key, read_generations
 from fusedpo.tools.judge import Endpoint, ReplyCache, Request, ask_all
 from fusedpo.tools.judge.answers import as_messages
@@ -25,6 +25,7 @@ from fusedpo.tools.sampling import Sampling, stream_seed
 
 SAMPLES = "samples.jsonl"
 _REPLIES = "replies.jsonl"  # of a server, before all are there
+PRODUCED = (SAMPLES, _REPLIES)  # what a folder's settings stand for
 _BATCHES_PER_CHUNK = 4  # what a kill can cost
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 _ENDS = 1 << 20  # bytes of a weights file that are read at each end to tell it from another
@@ -97,7 +98,7 @@ def _from_model(
     in_chunk = max(1, _BATCHES_PER_CHUNK * sampling.batch_size // sampling.n)
     chunks = [prompts[i : i + in_chunk] for i in range(0, len(prompts), in_chunk)]
     with open_alone(path) as file:
-        lines = whole_lines(file)
+        lines, _ = lines_and_rest(file)
         done = kept = 0
         while done < len(chunks) and kept + len(chunks[done]) * sampling.n <= len(lines):
             kept += len(chunks[done]) * sampling.n
@@ -106,6 +107,8 @@ def _from_model(
         if done == len(chunks):
             return
         loaded, tokenizer = load_model(model, dtype=dtype)
+        # All of them, so that the last chunk does not fail after hours on the others.
+        check_prompts(loaded, tokenizer, prompts, sampling.max_new_tokens)
         total = len(prompts) * sampling.n
         progress(kept, total)
         for chunk in chunks[done:]:
@@ -149,8 +152,6 @@ def _from_server(
 
 
 def _request(prompt: Prompt, index: int, sampling: Sampling) -> Request:
-    if sampling.top_k is not None:
-        raise ValueError("top_k is unknown to an OpenAI-compatible server; leave it out.")
     body = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
