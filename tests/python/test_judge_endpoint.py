@@ -62,8 +62,8 @@ def answers(count: int, text: str) -> list[Answer]:
 
 
 FAULTS: dict[str, tuple[Behaviour, str]] = {
-    "slow": (silence(0.5), "no answer within 0.3 seconds"),
-    "a byte now and then": (dribble(2.0), "no answer within 0.3 seconds"),
+    "slow": (silence(2.5), "no answer within 1 seconds"),
+    "a byte now and then": (dribble(5.0), "no answer within 1 seconds"),
     "408": (status(408), "status 408"),
     "425": (status(425), "status 425"),
     "429": (status(429), "status 429"),
@@ -85,10 +85,15 @@ FAULTS: dict[str, tuple[Behaviour, str]] = {
 }
 
 
+def patience(name: str) -> float:
+    """Seconds to wait for an answer: few only where none comes, as the machine may be busy."""
+    return 1.0 if FAULTS[name][1].startswith("no answer") else 10.0
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_failure_that_passes_is_asked_again(name: str) -> None:
     with serve(echo, [FAULTS[name][0]] * 2) as server:
-        assert ask(server, timeout=0.3) == ["reply to 0"]
+        assert ask(server, timeout=patience(name)) == ["reply to 0"]
         assert len(server.payloads) == 3
         assert server.payloads[0] == server.payloads[1] == server.payloads[2]
 
@@ -98,7 +103,7 @@ def test_a_failure_that_stays_is_an_error_that_says_what_it_was(name: str) -> No
     fault, told = FAULTS[name]
     with serve(faults=[fault] * 2) as server:
         with pytest.raises(EndpointError, match=f"failed 2 times in a row.*{told}"):
-            ask(server, timeout=0.3, retries=1)
+            ask(server, timeout=patience(name), retries=1)
         assert len(server.payloads) == 2
 
 
