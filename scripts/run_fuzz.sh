@@ -6,10 +6,12 @@ venv=$1 seconds=$2
 # To stderr, and for the end of .ci/run.
 not_run() { echo "fusedpo: $1" | tee -a "${FUSEDPO_NOT_RUN:-/dev/null}" >&2; }
 
+# One that has the runtimes: Debian packs them apart.
 clang() {
-  local name
+  local name target='extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }'
   for name in clang++ clang++-{30..14}; do
-    command -v "$name" && return
+    command -v "$name" > /dev/null && echo "$target" |
+      "$name" -x c++ - -fsanitize=fuzzer,address -o /dev/null 2> /dev/null && echo "$name" && return
   done
   return 1
 }
@@ -18,12 +20,14 @@ as_root() {
 }
 install_clang() {
   command -v apt-get > /dev/null && as_root true 2> /dev/null || return 1
-  as_root apt-get install -y -qq clang > /dev/null 2>&1 && return
-  as_root apt-get update -qq > /dev/null 2>&1 && as_root apt-get install -y -qq clang > /dev/null 2>&1
+  { as_root apt-get install -y -qq clang || { as_root apt-get update -qq && as_root apt-get install -y -qq clang; }; } \
+    > /dev/null 2>&1 || return
+  # Recommended by clang, hence there unless recommendations are off.
+  as_root apt-get install -y -qq "libclang-rt-$(clang++ -dumpversion | cut -d. -f1)-dev" > /dev/null 2>&1 || true
 }
 
 compiler=$(clang) || { install_clang && compiler=$(clang); } || {
-  not_run "fuzzing did NOT run: there is no clang++ and it could not be installed (Debian, Ubuntu: apt install clang)"
+  not_run "fuzzing did NOT run: there is no clang++ with its sanitizers and it could not be installed (Debian, Ubuntu: apt install clang)"
   exit 0
 }
 "$venv/bin/cmake" -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/$venv/bin/ninja" \
