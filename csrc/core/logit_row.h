@@ -30,8 +30,8 @@ struct RowStats {
   int64_t count = 0;      // values seen
   double compared = 0.0;  // z_y as the segment had it: what is_top1 compares
   double highest = -__builtin_inf();  // max of z_v over v != y
-  bool seen = false;      // the label's segment was added
-  bool beaten = false;    // an earlier z_v >= z_y or a later one > z_y
+  bool seen = false;                  // the label's segment was added
+  bool beaten = false;                // an earlier z_v >= z_y or a later one > z_y
 };
 
 // A finished row, in the compute type's precision once stored.
