@@ -205,6 +205,41 @@ def test_tables_are_those_of_the_results():
     assert readme.main(["--check"]) == 0, "run `python -m benchmarks.readme`"
 
 
+# ---- attention over packed rows -----------------------------------------------------------------
+
+
+def test_attention_is_verified_before_it_is_timed(monkeypatch):
+    pytest.importorskip("transformers", reason="packed attention is registered with transformers")
+    from benchmarks import packed_attention
+
+    def measured():
+        cpu = torch.device("cpu")
+        return packed_attention.measure("anthropic-evals", 2, torch.float32, cpu, rounds=1)
+
+    padded = packed_attention.padded
+    case = measured()
+    assert set(case["times"]) == set(case["errors"]) == {"segments", "whole_row", "padded"}
+    assert set(case["not_run"]) == {"varlen", "flex"}
+    right = packed_attention.visible
+
+    def all_earlier(*arguments):  # also the other completion, and the other pairs
+        return torch.ones_like(right(*arguments)).tril_()
+
+    monkeypatch.setattr(
+        packed_attention,
+        "contestants",
+        lambda problem, at: {
+            "whole_row": lambda *x: packed_attention.whole_row(
+                problem, all_earlier(problem, at), *x
+            )
+        },
+    )
+    monkeypatch.setattr(packed_attention, "padded", lambda problem, *x: 1.01 * padded(problem, *x))
+    case = measured()
+    assert case["not_run"] == {"whole_row": "wrong", "padded": "wrong"}
+    assert case["times"] == {}
+
+
 # ---- the check ----------------------------------------------------------------------------------
 
 
@@ -215,8 +250,9 @@ def test_a_kernel_twice_as_slow_is_slow_in_every_cell():
     assert {"AVX2", "AVX512"} <= set(recorded)
     for ratios in recorded.values():
         assert set(ratios) == set(check.CELLS)
-        assert all(check.is_slow(2 * r, r) and not check.is_slow(1.3 * r, r)
-                   for r in ratios.values())  # fmt: skip
+        for ratio in ratios.values():
+            assert check.is_slow(2 * ratio, ratio)
+            assert not check.is_slow(1.3 * ratio, ratio)
 
 
 @pytest.mark.skipif(
