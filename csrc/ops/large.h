@@ -1,37 +1,46 @@
-// Large CPU tensors whose pages arrive two megabytes at a time.
-//
-// torch takes memory from malloc. What is smaller than 32 MiB, such as every block of logits here,
-// glibc hands out again without asking the kernel. Larger memory is fresh at every call, and the
-// kernel's 4 KiB faults take three times as long as the arithmetic that fills it. A cache of our
-// own would keep hundreds of megabytes from everybody else, and could not hold what a caller keeps;
-// asking for huge pages costs nothing, holds nothing, and leaves a fifth of the time.
+// Large CPU tensors in pages that outlive them (cpu/page_pool.h). What is smaller malloc hands out
+// again by itself.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <memory>
 
+#include "cpu/page_pool.h"
 #include "ops/stable.h"
+
+// A tensor on memory of the caller's. Exists since torch 2.11, hence weak and declared here.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
 
 namespace fusedpo {
 
-constexpr int64_t kFreshBytes = int64_t{32} << 20;  // glibc's largest mmap threshold
-constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+constexpr int64_t kLargeBytes = int64_t{4} << 20;
 
-// Like empty_as, for what may be large. Where the kernel has no huge pages it is empty_as.
+// Like empty_as, for what may be large.
 inline Tensor empty_large(const Tensor& like, std::vector<int64_t> sizes, DType type) {
-  Tensor t = empty_as(like, std::move(sizes), type);
-#if defined(MADV_HUGEPAGE)
-  const int64_t bytes = t.numel() * size_of(type);
-  if (bytes >= kFreshBytes) {
-    const uintptr_t data = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t end = (data + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-    // It is advice: a kernel that refuses leaves everything as it was.
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  int64_t bytes = size_of(type);
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes < kLargeBytes || torch_from_blob == nullptr) return empty_as(like, sizes, type);
+  auto pages = std::make_unique<Pages>(take_pages(static_cast<size_t>(bytes)));
+  if (pages->data == nullptr) return empty_as(like, sizes, type);
+  const auto give_back = [](void*, void* context) {
+    const std::unique_ptr<Pages> owned(static_cast<Pages*>(context));
+    return_pages(*owned);
+  };
+  const auto code =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type_of(type)));
+  AtenTensorHandle handle = nullptr;
+  if (torch_from_blob(pages->data, static_cast<int64_t>(sizes.size()), sizes.data(),
+                      dense_strides(sizes).data(), 0, code, aoti_torch_device_type_cpu(), -1,
+                      &handle, aoti_torch_layout_strided(), nullptr, 0, give_back,
+                      pages.get()) != TORCH_SUCCESS) {
+    return_pages(*pages);
+    throw_torch_error("torch_from_blob");
   }
-#endif
-  return t;
+  pages.release();  // the tensor's now
+  return Tensor(handle);
 }
 
 inline Tensor zeros_large(const Tensor& like, std::vector<int64_t> sizes, DType type) {

@@ -143,15 +143,19 @@ inline Tensor empty_as(const Tensor& like, std::vector<int64_t> sizes, DType typ
   return torch::stable::new_empty(like, sizes, scalar_type_of(type));
 }
 
+inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * sizes[d - 1];
+  return strides;
+}
+
 // On the CPU, without the cost of a call through the dispatcher, which is most of an operator on
 // [B] numbers. `code` is one of aoti_torch_dtype_*().
 inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t code) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * sizes[d - 1];
   AtenTensorHandle handle = nullptr;
   FUSEDPO_TORCH_CALL(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                              strides.data(), code, aoti_torch_device_type_cpu(), 0,
-                                              &handle));
+                                              dense_strides(sizes).data(), code,
+                                              aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

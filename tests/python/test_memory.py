@@ -7,6 +7,7 @@ trained. The sizes are such that the logits of the batch (200 MB) would stick ou
 from __future__ import annotations
 
 import json
+import pathlib
 import sys
 
 import pytest
@@ -22,6 +23,7 @@ pytestmark = [
 
 ROWS, SIZE, VOCABULARY = 1000, 64, 50_000
 MB = 1_000_000
+ROOT = str(pathlib.Path(__file__).resolve().parents[2])
 LOGITS = ROWS * VOCABULARY * 4
 WEIGHT = VOCABULARY * SIZE * 4
 BUDGET = 80 * MB
@@ -29,22 +31,18 @@ BUDGET = 80 * MB
 BLOCKS = 40 * MB
 
 SCRIPT = f"""
-import json, pathlib
+import json, sys
+sys.path.insert(0, {ROOT!r})
 import torch, fusedpo
+from benchmarks.common import PeakMemory
 from fusedpo import reference
 
 ROWS, SIZE, VOCABULARY, BUDGET = {ROWS}, {SIZE}, {VOCABULARY}, {BUDGET}
 
-def status(field):
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-
 def peak(call):
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    held = call()
-    return status("VmHWM") - before
+    with PeakMemory() as memory:
+        held = call()
+    return memory.extra_bytes
 
 def linear(function, grad, rows=ROWS, dtype=torch.float32, cast=False, **options):
     hidden = torch.randn(rows, SIZE).to(dtype).requires_grad_("h" in grad)
