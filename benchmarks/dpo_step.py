@@ -98,6 +98,18 @@ def measure(case: Case, contestants: list[str]) -> dict[str, Any]:
     return result
 
 
+def earlier(output: pathlib.Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of a run that this one adds to; both must be of one machine and one commit."""
+    if not output.exists():
+        return []
+    content = json.loads(output.read_text(encoding="utf-8"))
+    for name in ("cpu", "flags", "threads", "versions", "commit"):
+        if content["environment"][name] != environment[name]:
+            raise SystemExit(f"{output} was measured with another {name}: give another --output")
+    cases: list[dict[str, Any]] = content["cases"]
+    return cases
+
+
 def line(run: dict[str, Any]) -> str:
     deep = ""
     if "step_of_24_layers_s" in run:
@@ -125,12 +137,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--contestants", nargs="+", default=tuple(CONTESTANTS))
     parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument(
+        "--add", action="store_true", help="keep the cases in the output that are not run anew"
+    )
     options = parser.parse_args()
     if options.contestants[0] != "trl":
         parser.error("the first contestant must be trl: the others are compared with it")
     environment = common.environment()
     output = options.output or (common.RESULTS / common.device_name(environment) / "dpo_step.json")
-    results: list[dict[str, Any]] = []
+    results = earlier(output, environment) if options.add else []
     for file in options.files:
         for pairs in options.batch:
             for train in options.train:
@@ -146,7 +161,8 @@ def main() -> None:
                         device=options.device,
                     )
                     print(f"{file}, {pairs} pairs, {train}, {dtype}, {options.layers} layers")
-                    results.append({"file": file, **measure(case, list(options.contestants))})
+                    found = {"file": file, **measure(case, list(options.contestants))}
+                    results = [r for r in results if r["case"] != found["case"]] + [found]
                     # After each case: a run that is stopped leaves what it has.
                     common.write(output, {"environment": environment, "cases": results})
 
