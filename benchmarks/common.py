@@ -35,6 +35,11 @@ def _cpu_info() -> dict[str, str]:
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.split("\n"))}
 
 
+def has_bf16_products() -> bool:
+    """Whether this CPU multiplies bf16 matrices with instructions made for it."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpu_info().get("flags", "").split())
+
+
 def _version(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
@@ -175,7 +180,9 @@ def drop_free_pages() -> None:
         if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
             begin, end = (int(number, 16) for number in match.groups())
         elif line.startswith("LazyFree:") and int(line.split()[1]) > 0:
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+            size = ctypes.c_size_t(end - begin)
+            if libc.madvise(ctypes.c_void_p(begin), size, _MADV_PAGEOUT) != 0:
+                raise OSError(ctypes.get_errno(), "madvise(MADV_PAGEOUT): needs Linux 5.4")
 
 
 class PeakMemory:

@@ -52,12 +52,14 @@ class HeadCase(Case):
         )
 
     def peers(self, wanted: Iterable[str]) -> dict[str, Any]:
-        """Of those wanted. Those whose calls take longest compete in fp32 with a gradient and the
-        sizes of the centre only."""
+        """Of those wanted. Those whose calls take longest compete in fp32 with the sizes of the
+        centre only, and not without a gradient; torch_chunked, half a minute, not when trained."""
         meaningless = {"fp32": ("floor_fp32", "cast_weight"), "bf16": ("cast_weight",), "amp": ()}
         left_out = set(meaningless[self.dtype])
         if self not in CENTRE or self.dtype != "fp32" or self.head == "nograd":
             left_out |= {"torch_chunked", *head_scalar_peers.PEERS}
+        if self.head == "trained":
+            left_out.add("torch_chunked")
         return {name: PEERS[name] for name in PEERS if name in wanted and name not in left_out}
 
 

@@ -12,6 +12,7 @@ import fusedpo
 import torch
 from torch import Tensor
 
+from benchmarks import common
 from benchmarks.head_problem import METRICS, Answer, Problem
 
 
@@ -107,6 +108,8 @@ def compiled(p: Problem) -> Callable[[], Answer]:
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
+    if p.dtype != "fp32" and p.hidden.device.type == "cpu" and not common.has_bf16_products():
+        raise RuntimeError("without bf16 instructions its bf16 products take minutes")
     torch._dynamo.reset()
     function = torch.compile(logps_of, fullgraph=True, dynamic=False)
 

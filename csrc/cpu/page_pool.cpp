@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 namespace fusedpo {
@@ -17,80 +19,109 @@ namespace fusedpo {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kSlots = 8;  // more than one step's large tensors: further ones are unmapped
 
-// Whoever finds the lock taken does without: take maps fresh pages and return unmaps. So a child
-// forked while another thread held the lock does not hang. Both members need no destructor, so
-// tensors may die after static ones.
+// Whoever finds the lock taken does without: take_pages maps fresh pages, return_pages unmaps. So a
+// child forked while another thread held the lock does not hang.
 struct Pool {
   std::mutex lock;
-  std::array<Pages, kSlots> slots;
+  std::array<Pages, 8> kept;  // the one returned last first; null ones at the end
 };
 constinit Pool pool;
+static_assert(std::is_trivially_destructible_v<Pool>, "tensors may die after static objects");
 
-size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+// Set once MADV_FREE has failed, as it does for locked memory and on old kernels: nothing can be
+// kept then, and malloc serves better.
+constinit std::atomic<bool> useless{false};
 
-// Sizes come in steps of an eighth, so that batches that differ a little take the same pages. Pages
-// past the end are never touched, so they take no memory.
+constexpr size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+// Sizes come in steps of an eighth, so that batches that differ a little take the same pages.
 size_t size_class(size_t bytes) {
   return round_up(bytes, std::max(kHugePage, std::bit_floor(bytes) / 8));
 }
 
-Pages map_pages(size_t bytes) {
-  // One huge page more, of which what lies outside the aligned part goes back.
-  const size_t more = bytes + kHugePage;
-  void* const mapped =
-      mmap(nullptr, more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return {};
-  char* const first = static_cast<char*>(mapped);
-  const size_t before =
-      round_up(reinterpret_cast<uintptr_t>(first), kHugePage) - reinterpret_cast<uintptr_t>(first);
-  if (before > 0) munmap(first, before);
-  munmap(first + before + bytes, kHugePage - before);
-  // It is advice: small pages do, too.
-  madvise(first + before, bytes, MADV_HUGEPAGE);
-  return {first + before, bytes};
+void unmap(const Pages& pages) {
+  if (pages.data != nullptr) munmap(pages.data, pages.bytes);
 }
 
-// The smallest pages in the pool that hold `bytes` and not twice as much; null if there are none.
-Pages take_from_pool(size_t bytes) {
+Pages map_pages(size_t bytes) {
+  // One huge page more, of which what lies outside the aligned part goes back.
+  void* const mapped =
+      mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return {};
+  const uintptr_t at = reinterpret_cast<uintptr_t>(mapped);
+  const size_t before = round_up(at, kHugePage) - at;
+  char* const data = static_cast<char*>(mapped) + before;
+  if (before > 0) munmap(mapped, before);
+  munmap(data + bytes, kHugePage - before);
+  advise_huge_pages(data, bytes);
+  return {data, bytes};
+}
+
+// The smallest kept pages that hold `bytes` and not twice as much; null if there are none.
+Pages take_kept(size_t bytes) {
   const std::unique_lock hold(pool.lock, std::try_to_lock);
   if (!hold) return {};
   Pages* best = nullptr;
-  for (Pages& slot : pool.slots) {
-    const bool fits = slot.bytes >= bytes && slot.bytes < 2 * bytes;
-    if (fits && (best == nullptr || slot.bytes < best->bytes)) best = &slot;
+  for (Pages& kept : pool.kept) {
+    const bool fits = kept.bytes >= bytes && kept.bytes < 2 * bytes;
+    if (fits && (best == nullptr || kept.bytes < best->bytes)) best = &kept;
   }
-  return best == nullptr ? Pages{} : std::exchange(*best, {});
+  if (best == nullptr) return {};
+  const Pages pages = std::exchange(*best, {});
+  std::rotate(best, best + 1, pool.kept.end());
+  return pages;
+}
+
+// Puts `newest` first; the pages that fall off the other end.
+Pages keep(Pages newest) {
+  const std::unique_lock hold(pool.lock, std::try_to_lock);
+  if (!hold) return newest;
+  for (Pages& kept : pool.kept) std::swap(kept, newest);
+  return newest;
+}
+
+void unmap_kept() {
+  const std::unique_lock hold(pool.lock, std::try_to_lock);
+  if (!hold) return;
+  for (Pages& kept : pool.kept) unmap(std::exchange(kept, {}));
 }
 
 }  // namespace
 
+void advise_huge_pages(void* data, size_t bytes) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = round_up(at, kHugePage), end = (at + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(static_cast<char*>(data) + (begin - at), end - begin, MADV_HUGEPAGE);
+}
+
 Pages take_pages(size_t bytes) {
-  if (bytes > SIZE_MAX / 4) return {};
+  if (useless || bytes > SIZE_MAX / 4) return {};
   bytes = size_class(bytes);
-  const Pages pages = take_from_pool(bytes);
-  return pages.data != nullptr ? pages : map_pages(bytes);
+  Pages pages = take_kept(bytes);
+  if (pages.data == nullptr) pages = map_pages(bytes);
+  if (pages.data == nullptr) {
+    // Kept pages count as address space, which may be limited.
+    unmap_kept();
+    pages = map_pages(bytes);
+  }
+  return pages;
 }
 
 void return_pages(Pages pages) noexcept {
   if (madvise(pages.data, pages.bytes, MADV_FREE) == 0) {
-    const std::unique_lock hold(pool.lock, std::try_to_lock);
-    if (hold) {
-      // An empty slot is the smallest of all.
-      const auto smallest =
-          std::min_element(pool.slots.begin(), pool.slots.end(),
-                           [](const Pages& a, const Pages& b) { return a.bytes < b.bytes; });
-      if (smallest->bytes < pages.bytes) std::swap(*smallest, pages);
-    }
+    pages = keep(pages);
+  } else {
+    useless = true;
   }
-  if (pages.data != nullptr) munmap(pages.data, pages.bytes);
+  unmap(pages);
 }
 
 #else
 
 Pages take_pages(size_t) { return {}; }
 void return_pages(Pages) noexcept {}
+void advise_huge_pages(void*, size_t) {}
 
 #endif
 
