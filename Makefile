@@ -30,7 +30,7 @@ export FUSEDPO_NATIVE ?= require
 # Few architectures compile quickly: the GPU's that is here, else two. (Installing has them all.)
 export FUSEDPO_CUDA_ARCHS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo native || echo '80-real;90-real')
 
-.PHONY: help demo test bench-check test-trl test-engines lint sanitize cuda cuda-host-ops neon tsan fuzz cuda-host clean
+.PHONY: help demo test bench-check test-trl test-engines lint sanitize cuda cuda-host-ops neon baseline tsan fuzz cuda-host clean
 
 help:
 	@echo 'make demo      train a small model by DPO with plain TRL and with fusedpo, side by side'
@@ -44,7 +44,8 @@ help:
 	@echo 'make cuda-host the CUDA kernels on the CPU, checked; planted faults must fail their tests'
 	@echo 'make cuda-host-ops  the operators'"'"' tests over CUDA operators with emulated kernels'
 	@echo 'make neon      the CPU kernels for 64-bit ARM, their tests run under QEMU'
-	@echo 'make tsan      readers, writers and merges of the store under the thread sanitizer'
+	@echo 'make baseline  the CPU kernels on the oldest x86 processor that wheels are for, under QEMU'
+	@echo 'make tsan      the store and the pool of pages, used by several threads, under the thread sanitizer'
 	@echo 'make fuzz      libFuzzer on the readers of the store, for FUZZ_SECONDS (Clang only)'
 	@echo 'make clean     remove .venv and build/'
 	@echo 'variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) TEST_ARGS=$(TEST_ARGS)'
@@ -88,6 +89,9 @@ cuda-host-ops: $(STAMPS)/test
 
 neon: $(STAMPS)/tools
 	scripts/check_neon.sh $(VENV) build/neon
+
+baseline: $(STAMPS)/tools
+	scripts/check_baseline.sh $(VENV) build/cpp-tests
 
 tsan: $(STAMPS)/tools
 	scripts/run_tsan.sh $(VENV)

@@ -136,9 +136,9 @@ def memory(cases: Cases, path: pathlib.Path) -> None:
     heights = [1 + len(case["peers"]) for case in cases]
     figure, panels = pyplot.subplots(
         len(cases), 1, figsize=(7, 0.5 + 0.24 * sum(heights)), layout="constrained", sharex=True,
-        height_ratios=heights,
+        height_ratios=heights, squeeze=False,
     )  # fmt: skip
-    for panel, case in zip(panels, cases, strict=True):
+    for panel, case in zip(panels.flat, cases, strict=True):
         found = {n: r["extra_bytes"] / 1e6 for n, r in case["peers"].items() if "extra_bytes" in r}
         panel.barh([STYLES[n][0] for n in found], list(found.values()),
                    color=[STYLES[n][1] for n in found])  # fmt: skip
@@ -148,7 +148,7 @@ def memory(cases: Cases, path: pathlib.Path) -> None:
         panel.margins(x=0.12)
         panel.tick_params(labelsize=8)
         panel.set_title(f"{case['level']}, {case['name']}", fontsize=8, loc="left")
-    panels[-1].set_xlabel("peak extra memory of one call, MB", fontsize=9)
+    panels[-1, 0].set_xlabel("peak extra memory of one call, MB", fontsize=9)
     save(figure, path)
 
 
@@ -190,9 +190,12 @@ def plot_logits(content: dict[str, Any], folder: pathlib.Path) -> None:
             ("V", f"{way}, fp32, N 256", along(cases, "V", base | {"N": 256, "share": 100})),
             ("N", f"{way}, fp32, V 32,000", along(cases, "N", small | {"share": 100})),
             ("share", f"{way}, fp32, V 32,000", along(cases, "share", small | {"N": 256})),
-        ]
-    lines(groups[:3], folder / "logits_forward_axes.png", "logits that exist, forward")
-    lines(groups[3:], folder / "logits_backward_axes.png",
+            ("threads", f"{way}, fp32, V 32,000",
+             along(cases, "threads", {"way": way, "dtype": "fp32", "V": 32_000, "N": 256,
+                                      "share": 100})),
+        ]  # fmt: skip
+    lines(groups[:4], folder / "logits_forward_axes.png", "logits that exist, forward")
+    lines(groups[4:], folder / "logits_backward_axes.png",
           "logits that exist, forward and backward")  # fmt: skip
 
 

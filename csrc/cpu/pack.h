@@ -137,6 +137,8 @@ static inline void load_pack(const double* x, double* out) { *out = *x; }
 static inline void store_pack(Floats x, float* out) { write(x, out); }
 
 // The rounding of from_float.
+// Not AVX-512's own conversion, which flushes subnormals to zero: bf16 has the range of float, and
+// so have its gradients.
 static inline void store_pack(Floats x, bf16* out) {
   const Words bits = (Words)x;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

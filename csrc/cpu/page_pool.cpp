@@ -9,8 +9,6 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
-#include <mutex>
-#include <type_traits>
 #include <utility>
 
 namespace fusedpo {
@@ -20,14 +18,28 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Whoever finds the lock taken does without: take_pages maps fresh pages, return_pages unmaps. So a
-// child forked while another thread held the lock does not hang.
+// Neither member has a destructor: tensors may die after static objects.
 struct Pool {
-  std::mutex lock;
+  std::atomic_flag in_use;
   std::array<Pages, 8> kept;  // the one returned last first; null ones at the end
 };
 constinit Pool pool;
-static_assert(std::is_trivially_destructible_v<Pool>, "tensors may die after static objects");
+
+// The pool, for one thread at a time. Whoever finds it in use does without: take_pages maps fresh
+// pages, return_pages unmaps. So a child forked while another thread used it does not hang.
+class Claim {
+ public:
+  Claim() : mine_(!pool.in_use.test_and_set(std::memory_order_acquire)) {}
+  ~Claim() {
+    if (mine_) pool.in_use.clear(std::memory_order_release);
+  }
+  Claim(const Claim&) = delete;
+  Claim& operator=(const Claim&) = delete;
+  explicit operator bool() const { return mine_; }
+
+ private:
+  const bool mine_;
+};
 
 // Set once MADV_FREE has failed, as it does for locked memory and on old kernels: nothing can be
 // kept then, and malloc serves better.
@@ -60,8 +72,8 @@ Pages map_pages(size_t bytes) {
 
 // The smallest kept pages that hold `bytes` and not twice as much; null if there are none.
 Pages take_kept(size_t bytes) {
-  const std::unique_lock hold(pool.lock, std::try_to_lock);
-  if (!hold) return {};
+  const Claim claim;
+  if (!claim) return {};
   Pages* best = nullptr;
   for (Pages& kept : pool.kept) {
     const bool fits = kept.bytes >= bytes && kept.bytes < 2 * bytes;
@@ -75,15 +87,15 @@ Pages take_kept(size_t bytes) {
 
 // Puts `newest` first; the pages that fall off the other end.
 Pages keep(Pages newest) {
-  const std::unique_lock hold(pool.lock, std::try_to_lock);
-  if (!hold) return newest;
+  const Claim claim;
+  if (!claim) return newest;
   for (Pages& kept : pool.kept) std::swap(kept, newest);
   return newest;
 }
 
 void unmap_kept() {
-  const std::unique_lock hold(pool.lock, std::try_to_lock);
-  if (!hold) return;
+  const Claim claim;
+  if (!claim) return;
   for (Pages& kept : pool.kept) unmap(std::exchange(kept, {}));
 }
 

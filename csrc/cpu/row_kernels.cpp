@@ -25,14 +25,15 @@ const RowKernels* row_kernels(const char* name) {
   if (std::strcmp(name, "generic") == 0) return &generic::table;
 #ifdef FUSEDPO_HAVE_AVX2
   if (std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma")) {
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return &avx2::table;
   }
 #endif
 #ifdef FUSEDPO_HAVE_AVX512
   if (std::strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
     return &avx512::table;
   }
 #endif

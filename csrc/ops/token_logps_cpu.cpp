@@ -18,6 +18,8 @@ constexpr int64_t kRowSegment = 2048;  // stays in L1 should it be swept twice
 // all threads, and no bit depends on how.
 constexpr int64_t kStretch = 4 * kRowSegment;
 constexpr int64_t kFewRows = 64;  // up to here stretches are shared out, beyond it rows
+// Stretches of one task, which take about as long as a thread takes to start.
+constexpr int64_t kStretchGrain = 2;
 
 // One stretch of a row, from its logits to its sums.
 class Scorer {
@@ -79,7 +81,7 @@ void for_each_row(const Scorer& score, int64_t count, int64_t vocab, const F& fi
   }
   std::vector<RowStats> parts(static_cast<size_t>(count * stretches));
   torch::stable::parallel_for(
-      0, count * stretches, row_grain(kStretch), [&](int64_t begin, int64_t end) {
+      0, count * stretches, kStretchGrain, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           parts[static_cast<size_t>(k)] = score(k / stretches, k % stretches);
         }
@@ -170,7 +172,7 @@ void write_gradient(const OptionalTensor& grad_logps_in, const OptionalTensor& g
     }
   };
   const int64_t stretches = (vocab + kStretch - 1) / kStretch;
-  torch::stable::parallel_for(0, in_rows.count() * stretches, row_grain(kStretch),
+  torch::stable::parallel_for(0, in_rows.count() * stretches, kStretchGrain,
                               [&](int64_t a, int64_t b) {
                                 for (int64_t k = a; k < b; ++k) {
                                   const int64_t begin = k % stretches * kStretch;

@@ -12,18 +12,22 @@ from logps_cases import (
     METRICS,
     assert_same_bits,
     leaf,
+    make_head,
     make_labels,
     make_logits,
     needs_native,
     run_python,
     threads,
 )
+from test_linear_logps import call as call_head
 
 pytestmark = needs_native
 
-# Several stretches of columns per row, the last one not full, and more than one task per thread.
-VOCABULARY = 40_003
 COUNTS = (1, 2, 3, 8)
+# Rows and columns whose work, shared out by stretches of columns or by rows, makes more tasks than
+# there are threads. The last stretch of a row is not full.
+SHAPES = [(1, 300_007), (3, 120_001), (80, 40_003)]
+VOCABULARY = 40_003
 
 
 def outputs_and_gradient(logits, labels):
@@ -34,13 +38,32 @@ def outputs_and_gradient(logits, labels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 80])  # stretches are shared out, or rows
-def test_no_bit_depends_on_the_thread_count(rows, dtype):
-    logits, labels = make_logits(rows, VOCABULARY, 1, dtype), make_labels(rows, VOCABULARY, 1)
+@pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
+def test_no_bit_depends_on_the_thread_count(rows, vocabulary, dtype):
+    logits, labels = make_logits(rows, vocabulary, 1, dtype), make_labels(rows, vocabulary, 1)
+    assert_the_same_on_any_number(lambda: outputs_and_gradient(logits, labels))
+
+
+# Fewer rows than threads; several blocks of rows. How a product sums is the GEMM's matter: these
+# sizes are a model's, at which it sums along H in one piece.
+@pytest.mark.parametrize("rows", [1, 5, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nor_does_one_from_hidden_states(rows, dtype):
+    head = make_head(rows, 896, 10_007, seed=3, dtype=dtype)
+
+    def call():
+        out, leaves = call_head(fusedpo.linear_token_logps, head, "hw", metrics=METRICS)
+        loss = (out.logps - 0.3 * out.entropy).sum()
+        return (*(v.detach() for v in out), *torch.autograd.grad(loss, leaves))
+
+    assert_the_same_on_any_number(call)
+
+
+def assert_the_same_on_any_number(call):
     results = []
     for count in COUNTS:
         with threads(count):
-            results.append(outputs_and_gradient(logits, labels))
+            results.append(call())
     for other in results[1:]:
         assert_same_bits(other, results[0])
 
