@@ -73,8 +73,11 @@ def environment() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FUSEDPO_")
-                     and k != "FUSEDPO_REAL_DATA"},
+        "settings": {
+            k: v
+            for k, v in sorted(os.environ.items())
+            if k.startswith("FUSEDPO_") and k != "FUSEDPO_REAL_DATA"
+        },
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),

@@ -52,6 +52,20 @@ def folder(_project, tmp_path_factory) -> pathlib.Path:
     return path
 
 
+def test_every_width_of_a_tile_is_right_and_timed(tmp_path):
+    from benchmarks import tiles
+
+    path = tmp_path / "tiles.json"
+    with threads(1):
+        arguments = ["--cases", "fp32-trained-V1400-H64-N8", "--seconds", "0", "--out", str(path)]
+        assert tiles.main(arguments) == 0
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["chosen_width"] == 4096
+    for peer, result in case["peers"].items():
+        assert "median_s" in result, (peer, result)
+        assert peer == "floor" or result["verified"]["ok"]
+
+
 def test_every_contestant_is_right_and_timed(folder):
     for name in ("head", "logits"):
         for case in json.loads((folder / f"{name}.json").read_text())["cases"]:
