@@ -59,9 +59,9 @@ def step_table(path: pathlib.Path) -> str:
         [
             *lines,
             "",
-            "Backbone: how many times faster the decoder layers of `shared` are than TRL's, for how "
-            "many times fewer tokens; both score the reference in every step, too. The last column "
-            "is what shared prompts alone bring to a step.",
+            "Backbone: how many times faster the decoder layers of `shared` are than TRL's, for "
+            "how many times fewer tokens; both score the reference in every step, too. The last "
+            "column is what shared prompts alone bring to a step.",
             "",
             readme_cpu.source(path, env),
         ]
