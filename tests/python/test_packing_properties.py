@@ -30,9 +30,9 @@ from trl_helpers import one_thread  # noqa: F401  a fixture
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = torch.finfo(torch.float32).eps
-# Grouped-query attention in all. Mistral has a window of 5 tokens, the last two have it in one of two
-# layers, with a cap on the scores, and with attention sinks. All experts, because a choice between
-# two that are equal but for rounding would be no property of the layout.
+# Grouped-query attention in all. Mistral has a window of 5 tokens; the last two have it in one of
+# two layers, with a cap on the scores, and with attention sinks. All experts, because a choice
+# between two that are equal but for rounding would be no property of the layout.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
