@@ -44,7 +44,7 @@ def step_against(peer: str) -> Callable[[Contestants], Judged]:
         found = {"as measured": theirs["step"]["median_s"] / ours["step"]["median_s"]}
         if "step_of_24_layers_s" in ours:
             found["with 24 layers"] = theirs["step_of_24_layers_s"] / ours["step_of_24_layers_s"]
-        return min(found.values()), found
+        return min(found.values()), found if len(found) > 1 else {}
 
     return ratio
 

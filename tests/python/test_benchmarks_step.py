@@ -54,7 +54,7 @@ def test_difference_of_logs_is_a_multiple_of_what_is_allowed(changes, expected):
 def test_steps_and_values_that_are_not_logged_are_no_agreement():
     from benchmarks.dpo_step import worst_difference
 
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         worst_difference([LOGGED], [LOGGED, LOGGED], ALLOWED)
     without = {name: value for name, value in LOGGED.items() if name != "entropy"}
     with pytest.raises(KeyError, match="entropy"):

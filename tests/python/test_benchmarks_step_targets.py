@@ -146,7 +146,7 @@ def test_targets_of_steps_are_a_table_of_their_own_and_name_their_commit(project
         "| pandalm-human, 4 pairs, LoRA, fp32 | - | 4.29 x (5) met | 2 x (2.71) met "
         "| 0.5 x (0.667) met |"
     )
-    assert text.count("pandalm-human, 4 pairs, LoRA, fp32") == 1
+    assert text.count("pandalm-human, 4 pairs, LoRA, fp32 |") == 1
     assert text.endswith("From `machine/targets.json`, commit `0123456`.")
 
     content = json.loads((project / "targets.json").read_text())
