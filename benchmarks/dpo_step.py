@@ -18,7 +18,9 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks import common
+import torch
+
+from benchmarks import common, device
 from benchmarks.dpo_step_run import CONTESTANTS, LAYERS, Case
 
 FILES = ("llamafactory-dpo-en", "pandalm-human", "llmbar", "anthropic-evals-yesno")
@@ -98,13 +100,20 @@ def measure(case: Case, contestants: list[str]) -> dict[str, Any]:
     return result
 
 
+def card(environment: dict[str, Any]) -> str | None:
+    """The GPU's name; its clocks and temperature differ from run to run."""
+    name: str | None = (environment.get("gpu") or {}).get("name")
+    return name
+
+
 def earlier(output: pathlib.Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
     """The cases of a run that this one adds to; both must be of one machine and one commit."""
     if not output.exists():
         return []
     content = json.loads(output.read_text(encoding="utf-8"))
-    for name in ("cpu", "flags", "threads", "versions", "commit"):
-        if content["environment"][name] != environment[name]:
+    before, now = (each | {"card": card(each)} for each in (content["environment"], environment))
+    for name in ("cpu", "card", "flags", "threads", "versions", "commit"):
+        if before[name] != now[name]:
             raise SystemExit(f"{output} was measured with another {name}: give another --output")
     cases: list[dict[str, Any]] = content["cases"]
     return cases
@@ -124,8 +133,8 @@ def line(run: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dpo_step", description=__doc__)
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder of *.jsonl pairs")
     parser.add_argument("--tokenizer", required=True, help="Qwen2.5's, a folder or hub id")
     parser.add_argument("--files", nargs="+", default=FILES)
@@ -140,31 +149,49 @@ def main() -> None:
     parser.add_argument(
         "--add", action="store_true", help="keep the cases in the output that are not run anew"
     )
-    options = parser.parse_args()
+    parser.add_argument(
+        "--rehearse", action="store_true", help="the results say that they are no measurement"
+    )
+    options = parser.parse_args(arguments)
     if options.contestants[0] != "trl":
         parser.error("the first contestant must be trl: the others are compared with it")
-    environment = common.environment()
+    return options
+
+
+def cases_of(options: argparse.Namespace) -> list[tuple[str, Case]]:
+    return [
+        (
+            file,
+            Case(
+                data=str((options.data / f"{file}.jsonl").resolve()),
+                tokenizer=str(options.tokenizer),
+                pairs=pairs,
+                train=train,
+                dtype=dtype,
+                layers=options.layers,
+                steps=options.steps,
+                device=options.device,
+            ),
+        )
+        for file in options.files
+        for pairs in options.batch
+        for train in options.train
+        for dtype in options.dtype
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    environment = common.environment() | {"gpu": device.facts(torch.device(options.device))}
     output = options.output or (common.RESULTS / common.device_name(environment) / "dpo_step.json")
+    content = {"environment": environment} | ({"rehearsal": True} if options.rehearse else {})
     results = earlier(output, environment) if options.add else []
-    for file in options.files:
-        for pairs in options.batch:
-            for train in options.train:
-                for dtype in options.dtype:
-                    case = Case(
-                        data=str((options.data / f"{file}.jsonl").resolve()),
-                        tokenizer=str(options.tokenizer),
-                        pairs=pairs,
-                        train=train,
-                        dtype=dtype,
-                        layers=options.layers,
-                        steps=options.steps,
-                        device=options.device,
-                    )
-                    print(f"{file}, {pairs} pairs, {train}, {dtype}, {options.layers} layers")
-                    found = {"file": file, **measure(case, list(options.contestants))}
-                    results = [r for r in results if r["case"] != found["case"]] + [found]
-                    # After each case: a run that is stopped leaves what it has.
-                    common.write(output, {"environment": environment, "cases": results})
+    for file, case in cases_of(options):
+        print(f"{file}, {case.pairs} pairs, {case.train}, {case.dtype}, {case.layers} layers")
+        found = {"file": file, **measure(case, list(options.contestants))}
+        results = [r for r in results if r["case"] != found["case"]] + [found]
+        # After each case: a run that is stopped leaves what it has.
+        common.write(output, {**content, "cases": results})
 
 
 if __name__ == "__main__":

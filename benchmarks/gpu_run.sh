@@ -10,7 +10,11 @@
 #   stages.json                                      each stage's seconds and exit status
 #   head.json logits.json losses.json packed_attention.json targets.json   results, and a judgement
 #                                                    of them, row by row
+#   dpo_step.json                                    whole training steps, two cases
 #   log.txt                                          the end of what every stage printed
+#
+# Whole steps need real pairs and a tokenizer: FUSEDPO_REAL_DATA names the folder with preferences/
+# and tokenizers/. Without it that stage is left out, and the script says so.
 #
 # Ends with 0 if every stage did. --rehearse runs all of it on a CPU, tiny: it measures nothing.
 set -uo pipefail
@@ -23,10 +27,10 @@ while [ $# -gt 0 ]; do
     --out) out=$2 && shift 2 ;;
     --minutes) minutes=$2 && shift 2 ;;
     --rehearse) rehearse=--rehearse && shift ;;
-    *) sed -n 2,18p "$0" | cut -c3- >&2 && exit 2 ;;
+    *) sed -n 2,19p "$0" | cut -c3- >&2 && exit 2 ;;
   esac
 done
-[ -n "$out" ] || { sed -n 2,18p "$0" | cut -c3- >&2 && exit 2; }
+[ -n "$out" ] || { sed -n 2,19p "$0" | cut -c3- >&2 && exit 2; }
 mkdir -p "$out" && out=$(realpath "$out")
 site=$(pwd)/build/gpu-site
 mkdir -p build && rm -rf "$site" "$out/stages.json" && : > "$out/log.txt"
@@ -109,6 +113,19 @@ stage "losses" 60 "$python" -m benchmarks.losses --device cuda ${rehearse:+--reh
 stage "attention" 40 "$python" -m benchmarks.packed_attention $([ -n "$rehearse" ] || echo --device cuda) \
   $([ -z "$rehearse" ] || echo --rounds 1 --pairs 1) --out "$out/packed_attention.json"
 stage "targets" 20 "$python" -m benchmarks.targets "$out"
+steps=("$python" -m benchmarks.dpo_step --batch 4 --train lora full --dtype amp
+  --contestants trl patch fused+store shared shared+store)
+if [ -z "${FUSEDPO_REAL_DATA:-}" ]; then
+  echo "steps: left out, FUSEDPO_REAL_DATA names no folder with preferences/ and tokenizers/"
+elif [ -z "$rehearse" ]; then # about 20 s for each of six processes, most of it imports
+  stage "steps" 250 "${steps[@]}" --device cuda --layers 4 --steps 3 --files llamafactory-dpo-en \
+    --data "$FUSEDPO_REAL_DATA/preferences" --tokenizer "$FUSEDPO_REAL_DATA/tokenizers/qwen2.5" \
+    --output "$out/dpo_step.json"
+else
+  stage "steps" 250 "${steps[@]}" --rehearse --layers 2 --steps 1 --files anthropic-evals-yesno \
+    --data "$FUSEDPO_REAL_DATA/preferences" \
+    --tokenizer "$FUSEDPO_REAL_DATA/tokenizers/minimind-6400" --output "$out/dpo_step.json"
+fi
 if [ -z "$rehearse" ]; then
   stage "tests: contract" 120 "${tests[@]}" tests/python/test_cuda_contract.py
   stage "sanitizer" 190 scripts/compute_sanitizer.sh --python "$python" --seconds 45 --out build/sanitizer

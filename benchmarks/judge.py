@@ -19,6 +19,8 @@ class Target(NamedTuple):
     measure: Figure
     floor_here: Figure | None = None  # the floor as measured in the same run, ms
     at_floor: Figure | None = None  # what `measure` would give if ours took the floor's time
+    beside: Callable[[Runs], dict[str, float]] | None = None  # to be shown with it, by name
+    cell: tuple[str, str] | None = None  # row and column, where a table has the targets in both
 
     def met_by(self, value: float) -> bool:
         return value >= self.limit if self.at_least else value <= self.limit
@@ -33,6 +35,8 @@ def rows(targets: Iterable[Target], runs: Runs) -> list[dict[str, Any]]:
     found = []
     for t in targets:
         row: dict[str, Any] = {"case": t.case, "floor": t.floor, "target": t.target}
+        if t.cell is not None:
+            row["cell"] = list(t.cell)
         try:
             value = t.measure(runs)
         except (KeyError, StopIteration):
@@ -42,6 +46,8 @@ def rows(targets: Iterable[Target], runs: Runs) -> list[dict[str, Any]]:
             found.append(row | {"measured": None, "met": None, "rehearsed": value})
             continue
         row |= {"measured": value, "unit": t.unit, "met": t.met_by(value)}
+        if t.beside is not None:
+            row["beside"] = t.beside(runs)
         if t.floor_here is not None:
             row["floor_measured_ms"] = t.floor_here(runs)
         if t.at_floor is not None:
@@ -68,6 +74,7 @@ def show(found: list[dict[str, Any]]) -> None:
             notes.append(f"{row['floor_measured_ms']:.3f} ms here")
         if "at_floor" in row:
             notes.append(f"at the floor it were {row['at_floor']:.3g}")
+        notes += [f"{name} {value:.3g}" for name, value in row.get("beside", {}).items()]
         note = f" ({', '.join(notes)})" if notes else ""
         print(f"{verdict(row):6} {row['case']}: {row['measured']:.3f} {row['unit']}, "
               f"target {row['target']}{note}")  # fmt: skip

@@ -33,36 +33,63 @@ DTYPES = {"fp32": "fp32", "bf16": "bf16", "amp": "fp32 under bf16 autocast"}
 def step_table(path: pathlib.Path) -> str:
     content = json.loads(path.read_text(encoding="utf-8"))
     env, cases = content["environment"], content["cases"]
-    layers = cases[0]["case"]["layers"]
+    layers = sorted({case["case"]["layers"] for case in cases})
     lines = [
         "Whole steps of DPO on real prompts, Qwen2.5-0.5B's shape with "
-        f"{layers} of its 24 layers. {env['cpu']}, {env['threads']} threads, "
-        f"{' '.join(env['flags'])}; torch {env['versions']['torch']}, "
-        f"TRL {env['versions']['trl']}. "
+        f"{' or '.join(map(str, layers))} of its 24 layers. {readme_cpu.machine(env)}. "
         "How many times faster than TRL's a step is (in brackets: with 24 layers, at the measured "
         "time per layer) and its peak memory above the weights as a share of TRL's.",
         "",
     ]
-    names = [name for name in cases[0]["runs"] if name != "trl"]
-    lines += [
-        "| data, pairs per step, trained, precision | TRL s/step | " + " | ".join(names) + " |"
-    ]
-    lines += ["|---" * (len(names) + 2) + "|"]
+    names = [name for name in dict.fromkeys(n for c in cases for n in c["runs"]) if name != "trl"]
+    body = []
     for case in cases:
         what, runs = case["case"], case["runs"]
-        cells = [f"{runs['trl']['step']['median_s']:.1f}"]
-        for name in names:
-            run = runs.get(name, {})
-            if "step" not in run:
-                cells.append("-")
-                continue
-            deep = run.get("faster_with_24_layers")
-            deep = "" if deep is None else f" ({deep:.1f}x)"
-            cells.append(f"{run['faster']:.1f}x{deep}, {run['memory_share']:.2f}")
         title = f"{case['file']}, {what['pairs']}, {what['train']}, {DTYPES[what['dtype']]}"
-        lines.append("| " + " | ".join([title, *cells]) + " |")
-    lines += ["", f"From `{path.relative_to(ROOT)}`, commit `{env['commit'][:7]}`."]
-    return "\n".join(lines)
+        if len(layers) > 1:
+            title += f", {what['layers']} layers"
+        cells = [_step_cell(runs.get(name, {})) for name in names]
+        cells += [_backbone_cell(runs.get("shared", {})), _shared_cell(runs)]
+        body.append([title, f"{runs['trl']['step']['median_s']:.1f}", *cells])
+    header = ["data, pairs per step, trained, precision", "TRL s/step", *names]
+    lines += readme_cpu.rows(
+        [*header, "shared: backbone", "shared+store against fused+store"], body
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Backbone: how many times faster the decoder layers of `shared` are than TRL's, for "
+            "how many times fewer tokens; both score the reference in every step, too. The last "
+            "column is what shared prompts alone bring to a step.",
+            "",
+            readme_cpu.source(path, env),
+        ]
+    )
+
+
+def _step_cell(run: dict[str, Any]) -> str:
+    if "step" not in run:
+        return "-"
+    deep = run.get("faster_with_24_layers")
+    deep = "" if deep is None else f" ({deep:.1f}x)"
+    return f"{run['faster']:.1f}x{deep}, {run['memory_share']:.2f}"
+
+
+def _backbone_cell(shared: dict[str, Any]) -> str:
+    if "step" not in shared:
+        return "-"
+    return f"{shared['backbone_faster']:.1f}x for {shared['fewer_tokens']:.1f}x fewer tokens"
+
+
+def _shared_cell(runs: dict[str, dict[str, Any]]) -> str:
+    ours, padded = runs.get("shared+store", {}), runs.get("fused+store", {})
+    if "step" not in ours or "step" not in padded:
+        return "-"
+    cell = f"{padded['step']['median_s'] / ours['step']['median_s']:.1f}x"
+    if "step_of_24_layers_s" in ours:
+        cell += f" ({padded['step_of_24_layers_s'] / ours['step_of_24_layers_s']:.1f}x)"
+    return cell
 
 
 def store_table(path: pathlib.Path) -> str:
@@ -127,25 +154,28 @@ def gpu_table(folder: pathlib.Path) -> str:
                 f"| {judge.verdict(row)} |"
             )
     lines += ["", f"From `{folder.relative_to(ROOT)}`, commit `{(env['commit'] or '?')[:7]}`."]
+    if (folder / "dpo_step.json").exists():
+        lines += ["", step_table(folder / "dpo_step.json")]
     return "\n".join(lines)
 
 
 # ---- README.md ----------------------------------------------------------------------------------
 
 
-def newest(benchmark: str, on_gpu: bool = False) -> pathlib.Path | None:
-    """The newest result of a benchmark on a CPU or on a GPU."""
+def results(benchmark: str, on_gpu: bool = False) -> list[pathlib.Path]:
+    """The results of a benchmark on CPUs or on GPUs, the newest first."""
     dates = {}
     for path in RESULTS.glob(f"*/{benchmark}.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         environments = content.get("environments") or {benchmark: content["environment"]}
-        env = next(iter(environments.values()))
-        if bool(env.get("gpu")) == on_gpu and not content.get("rehearsal"):
-            dates[path] = env["date"]
-    return max(dates, key=lambda path: dates[path]) if dates else None
+        found = environments.values()
+        if any(env.get("gpu") for env in found) == on_gpu and not content.get("rehearsal"):
+            dates[path] = max(env["date"] for env in found)
+    return sorted(dates, key=lambda path: dates[path], reverse=True)
 
 
 def updated(readme: str) -> str:
+    """The README with new tables: of every machine's results, but of the newest store's only."""
     makers = {
         "step": ("dpo_step", step_table),
         "head": ("head", readme_cpu.head_table),
@@ -155,10 +185,10 @@ def updated(readme: str) -> str:
     }
     texts = {}
     for name, (benchmark, make) in makers.items():
-        path = newest(benchmark)
-        texts[name] = NO_FIGURE if path is None else make(path)
-    gpu = newest("head", on_gpu=True)
-    texts["gpu"] = NO_GPU_FIGURE if gpu is None else gpu_table(gpu.parent)
+        paths = results(benchmark)[: 1 if name == "store" else None]
+        texts[name] = "\n\n".join(map(make, paths)) or NO_FIGURE
+    gpus = results("head", on_gpu=True)
+    texts["gpu"] = gpu_table(gpus[0].parent) if gpus else NO_GPU_FIGURE
     for name, (begin, end) in MARKS.items():
         if begin in readme:
             before, rest = readme.split(begin)

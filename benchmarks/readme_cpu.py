@@ -61,8 +61,9 @@ def duration(result: Mapping[str, Any], unit: float = 1.0) -> str:
 
 
 def machine(env: Mapping[str, Any]) -> str:
+    cpu = f"{env['cpu']}, {env['threads']} threads, {' '.join(env['flags'])}"
     return (
-        f"{env['cpu']}, {env['threads']} threads, {' '.join(env['flags'])}; torch "
+        f"{env['gpu']['name'] if env.get('gpu') else cpu}; torch "
         f"{env['versions']['torch']}, TRL {env['versions']['trl']}"
     )
 
@@ -140,15 +141,68 @@ def logits_table(path: pathlib.Path) -> str:
     return "\n".join([*text, "", source(path, env)])
 
 
+def measured(row: Mapping[str, Any]) -> str:
+    value = row["measured"]
+    return "-" if value is None else f"{value:.3g} {row['unit']}".strip()
+
+
+def step_targets(targets: list[Mapping[str, Any]]) -> list[str]:
+    """Targets that each case has as a table with one column for each; in brackets what is shown
+    beside a figure, unless it is the same."""
+    if all(row["measured"] is None for row in targets):
+        return ["Whole training steps (`dpo_step`): not measured."]
+    kinds = {row["cell"][1]: row for row in targets}
+    body: dict[str, list[str]] = {}
+    for row in targets:
+        beside = [f"{v:.3g}" for v in row.get("beside", {}).values() if v != row["measured"]]
+        texts = [measured(row)]
+        if row["measured"] is not None:
+            texts += [f"({', '.join(beside)})"] if beside else []
+            texts.append(judge.verdict(row))
+        body.setdefault(row["cell"][0], []).append(" ".join(texts))
+    return [
+        "Whole training steps (`dpo_step`, contestants there).",
+        "",
+        *rows(
+            ["", *(f"{kind}, {row['target']}" for kind, row in kinds.items())],
+            [[case, *cells] for case, cells in body.items()],
+        ),
+        "",
+        "Backbone: how many times faster `shared` is than TRL, over how many times fewer tokens it "
+        "computes; both are in brackets. Step: `shared+store`; with LoRA the smaller of two ratios "
+        "counts, as measured and with the time of 24 layers, and the other is in brackets. Memory: "
+        "the peak of `shared+store` above the weights; in brackets that of the whole process.",
+    ]
+
+
+def sources(path: pathlib.Path, environments: Mapping[str, Mapping[str, Any]]) -> str:
+    """As `source`, of results that may have been measured at different commits."""
+    names: dict[str, list[str]] = {}
+    for name, env in environments.items():
+        names.setdefault((env["commit"] or "?")[:7], []).append(name)
+    if len(names) == 1:
+        return source(path, next(iter(environments.values())))
+    commits = [f"{', '.join(found)} at commit `{commit}`" for commit, found in names.items()]
+    return f"From `{path.relative_to(ROOT)}`: {'; '.join(commits)}."
+
+
 def targets_table(path: pathlib.Path) -> str:
     content = load(path)
     env = next(iter(content["environments"].values()))
-    body = []
-    for row in content["targets"]:
-        value = row["measured"]
-        measured = "-" if value is None else f"{value:.3g} {row['unit']}".strip()
-        at_floor = f"{row['at_floor']:.3g}" if "at_floor" in row else ""
-        body.append([row["case"], row["target"], measured, at_floor, judge.verdict(row)])
+    alone = [row for row in content["targets"] if "cell" not in row]
+    of_steps = [row for row in content["targets"] if "cell" in row]
+    body = [
+        [
+            row["case"],
+            row["target"],
+            measured(row),
+            f"{row['at_floor']:.3g}" if "at_floor" in row else "",
+            judge.verdict(row),
+        ]
+        for row in alone
+        if row["measured"] is not None
+    ]
+    missing = len(alone) - len(body)
     images = [
         f"![{image.stem}]({image.relative_to(ROOT / 'benchmarks')})"
         for image in sorted(path.parent.glob("*.png"))
@@ -160,10 +214,12 @@ def targets_table(path: pathlib.Path) -> str:
             *rows(["", "target", "measured", "at the floor", "verdict"], body),
             "",
             "At the floor: what the ratio would be if fusedpo took as long as the bare matrix "
-            "products, or as torch takes to move the bytes once, in the same run.",
+            "products, or as torch takes to move the bytes once, in the same run."
+            + (f" {missing} more targets were not measured on this machine." if missing else ""),
             "",
+            *([*step_targets(of_steps), ""] if of_steps else []),
             *images,
             "",
-            source(path, env),
+            sources(path, content["environments"]),
         ]
     )

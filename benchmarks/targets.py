@@ -11,9 +11,10 @@ import json
 import pathlib
 import sys
 
-from benchmarks import common, judge, targets_cpu, targets_gpu
+from benchmarks import common, judge, targets_cpu, targets_gpu, targets_step
 
-GPU_FILES, CPU_FILES = ("head", "logits", "losses"), ("head", "logits", "memory")
+GPU_FILES = ("head", "logits", "losses")
+CPU_FILES = ("head", "logits", "memory", "dpo_step")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,11 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
             runs[name] = json.loads(path.read_text(encoding="utf-8"))
     rehearsal = any(run.get("rehearsal") for run in runs.values())
     on_gpu = rehearsal or any(run["environment"].get("gpu") for run in runs.values())
-    table, names = (targets_gpu.TARGETS, GPU_FILES) if on_gpu else (targets_cpu.TARGETS, CPU_FILES)
+    names = GPU_FILES if on_gpu else CPU_FILES
     runs = {name: runs[name] for name in names if name in runs}
     if not runs:
         parser.error(f"no {'.json, '.join(names)}.json in {folder}")
-    found = judge.rows(table, runs)
+    on_cpu = [*targets_cpu.TARGETS, *targets_step.targets(runs)]
+    found = judge.rows(targets_gpu.TARGETS if on_gpu else on_cpu, runs)
     judge.show(found)
     environments = {name: run["environment"] for name, run in runs.items()}
     content = {"rehearsal": rehearsal, "targets": found, "environments": environments}

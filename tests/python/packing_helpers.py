@@ -69,6 +69,22 @@ def backward(token_logps: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_equal_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """Each parameter's gradient is right to 1e-5 of its own norm, and 1e-6 of the largest norm.
+
+    Without the second part a gradient that is a small rest of large terms, or 0 but for rounding
+    (that of a key's bias: a softmax does not see it), could not be compared: it is rounded as its
+    terms are, which are as large as the other parameters' gradients. 1e-6 is 8 eps of float32.
+    """
+    assert got.keys() == want.keys()
+    norms = {name: float(gradient.double().norm()) for name, gradient in want.items()}
+    largest = max(norms.values())
+    for name, norm in norms.items():
+        off = float((got[name] - want[name]).double().norm())
+        limit = 1e-5 * norm + 1e-6 * largest
+        assert off <= limit, f"{name} is off by {off:.2e}; its norm is {norm:.2e} of {largest:.2e}"
+
+
 def relative_difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     assert got.keys() == want.keys()
     squares = [((got[name] - want[name]).double() ** 2).sum() for name in want]

@@ -80,6 +80,74 @@ def test_sanitizer_script_judges_by_what_the_tool_wrote(case, tmp_path):
     assert done.stdout.startswith(f"{tool}: ")
 
 
+# ---- benchmarks/gpu_run.sh ----------------------------------------------------------------------
+
+
+def stages_of(tmp_path, *arguments, **environment):
+    """What gpu_run.sh prints, its stages, and the commands of whole steps, with a Python that only
+    writes down what it is asked to run."""
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "gpu_run.sh"
+    script.write_text((ROOT / "benchmarks" / "gpu_run.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\nprintf '%s\\t' \"$@\" >> {tmp_path}/asked\necho >> {tmp_path}/asked\n"
+    )
+    python.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name != "FUSEDPO_REAL_DATA"}
+    done = subprocess.run(
+        ["bash", script, "--python", python, "--out", tmp_path / "out", *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    stages = json.loads((tmp_path / "out" / "stages.json").read_text())
+    asked = [line.split("\t")[:-1] for line in (tmp_path / "asked").read_text().splitlines()]
+    steps = [command[2:] for command in asked if command[:2] == ["-m", "benchmarks.dpo_step"]]
+    return done.stdout, {each["stage"]: each for each in stages["stages"]}, steps
+
+
+@pytest.mark.usefixtures("_project")
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_whole_steps_are_asked_for_as_their_benchmark_takes_them(rehearse, tmp_path):
+    pytest.importorskip("trl", reason="dpo_step's contestants are trainers of TRL")
+    from benchmarks import dpo_step
+
+    data = tmp_path / "data"
+    arguments = ["--rehearse"] if rehearse else []
+    printed, stages, steps = stages_of(tmp_path, *arguments, FUSEDPO_REAL_DATA=str(data))
+    assert stages["steps"]["status"] == "0"
+    assert "left out" not in printed
+    (command,) = steps
+    options = dpo_step.parse(command)
+    assert options.rehearse == rehearse
+    assert options.output == tmp_path / "out" / "dpo_step.json"
+    assert {"trl", "patch", "fused+store", "shared", "shared+store"} == set(options.contestants)
+    cases = dpo_step.cases_of(options)
+    assert [case.train for _, case in cases] == ["lora", "full"]
+    for file, case in cases:
+        assert case.data == str(data / "preferences" / f"{file}.jsonl")
+        assert case.tokenizer.startswith(str(data / "tokenizers"))
+        assert (case.pairs, case.dtype) == (4, "amp")
+        assert case.device == ("cpu" if rehearse else "cuda")
+    if not rehearse:
+        assert cases[0][0] == "llamafactory-dpo-en"
+        assert list(stages).index("steps") < list(stages).index("tests: contract")
+    elif "FUSEDPO_REAL_DATA" in os.environ:  # the files that it names are there
+        real = pathlib.Path(os.environ["FUSEDPO_REAL_DATA"])
+        assert (real / pathlib.Path(cases[0][1].data).relative_to(data)).exists()
+        assert (real / pathlib.Path(cases[0][1].tokenizer).relative_to(data)).is_dir()
+
+
+def test_whole_steps_without_data_are_left_out_and_that_is_said(tmp_path):
+    printed, stages, steps = stages_of(tmp_path, "--rehearse")
+    assert "steps: left out, FUSEDPO_REAL_DATA names no folder" in printed
+    assert not steps
+    assert "steps" not in stages
+    assert all(each["status"] == "0" for each in stages.values())
+
+
 # ---- benchmarks ---------------------------------------------------------------------------------
 
 

@@ -18,12 +18,12 @@ from fusedpo._packing.layout import pack
 from fusedpo._packing.names import former_implementation, takes_packed_rows
 from packing_helpers import (
     VOCABULARY,
+    assert_equal_gradients,
     backward,
     make_groups,
     packed_logps,
     padded,
     padded_logps,
-    relative_difference,
     summed,
 )
 from trl_helpers import one_thread  # noqa: F401  a fixture
@@ -133,7 +133,7 @@ def test_packed_row_equals_padded_rows(model_type: str, more: dict[str, Any]) ->
     # 8 eps (sum |logp_t| + max |z|); the logits count 0 here, which only makes it harder.
     limit = 8 * torch.finfo(torch.float32).eps * -summed(plain)
     assert ((summed(got) - summed(plain)).abs() <= limit).all()
-    assert relative_difference(backward(got, model), want) < 1e-5
+    assert_equal_gradients(backward(got, model), want)
     again = padded_logps(model, groups)
     assert all(torch.equal(one, other) for one, other in zip(again, plain, strict=True))
 
@@ -152,7 +152,7 @@ def test_router_loss_counts_a_prompt_once_for_each_completion(model_type: str) -
         losses[-1].backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    assert relative_difference(gradients[1], gradients[0]) < 1e-5
+    assert_equal_gradients(gradients[1], gradients[0])
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -239,7 +239,7 @@ def test_adapters_that_count_as_exact_are(adapter: Any) -> None:
     use_packed_attention(model)
     got = packed_logps(model, groups)
     torch.testing.assert_close(summed(got), summed(plain), rtol=1e-6, atol=0)
-    assert relative_difference(backward(got, model), want) < 1e-5
+    assert_equal_gradients(backward(got, model), want)
 
 
 def test_adapters_in_a_plain_model_and_classes_of_fsdp_are_looked_through() -> None:
