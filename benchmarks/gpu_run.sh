@@ -131,7 +131,8 @@ if [ -z "$rehearse" ]; then
   stage "sanitizer" 190 scripts/compute_sanitizer.sh --python "$python" --seconds 45 --out build/sanitizer
   tail -n 100 build/sanitizer/*.log >> "$out/log.txt" 2> /dev/null
   stage "tests: losses" 60 "${tests[@]}" tests/python/test_cuda_losses.py
-  stage "tests: trl" 60 "${tests[@]}" tests/python/test_cuda_trl.py
+  stage "tests: trl" 60 "${tests[@]}" tests/python/test_cuda_packing.py \
+    tests/python/test_cuda_trl.py
   stage "tests: accuracy" 90 "${tests[@]}" tests/python/test_cuda_accuracy.py
   stage "head: the rest" 300 "${head[@]}" --append
 fi

@@ -3,12 +3,14 @@
 A packed row's attention can be one call of scaled_dot_product_attention for each completion
 ("segments"), one for the whole row with a mask, FlexAttention, or one variable-length call (CUDA).
 Beside them stand the padded rows of TRL's layout, which hold each prompt twice. Forward and
-backward; output and gradients of every contestant are compared with float64 first.
+backward; output and gradients of every contestant are compared with float64 first. Timed is what a
+layer does: masks, tables and compilation, which serve all layers of a model, come before.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,9 +19,9 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fusedpo._packing import varlen
-from fusedpo._packing.attention import SegmentTable, attend_in_segments
+from fusedpo._packing.attention import attend_in_segments
 from fusedpo._packing.layout import Group, Segment, pack
+from fusedpo._packing.table import SegmentTable
 from torch import Tensor
 
 from benchmarks import common, device
@@ -57,10 +59,34 @@ def make_problem(lengths: tuple[int, int, int], pairs: int, **kind: Any) -> Prob
     return Problem(row.segments, inputs, torch.randn(1, row.tokens, HEADS, SIZE, **kind))
 
 
-def segments(problem: Problem, *inputs: Tensor, choice: str = "segments") -> Tensor:
+Attention = Callable[..., Tensor]  # of query, key and value
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
+    if q.is_cuda and ("attn_mask" in keywords or q.dtype not in (torch.bfloat16, torch.float16)):
+        # Only flash attention takes fewer key heads there, and no mask; all scores would be formed.
+        k, v = (each.repeat_interleave(HEADS // KEY_HEADS, 1) for each in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **keywords)
+    return out.transpose(1, 2)
+
+
+def packed(problem: Problem, choice: str) -> Attention:
     with mock.patch.dict("os.environ", FUSEDPO_PACKED_ATTENTION=choice):
         table = SegmentTable(problem.segments)
-        return attend_in_segments(torch.nn.Identity(), *inputs, table)[0]
+    layer = torch.nn.Identity()
+
+    def attend(*inputs: Tensor) -> Tensor:
+        before = table.at_once
+        out, _ = attend_in_segments(layer, *inputs, table)
+        if choice == "varlen" and table.at_once == before:
+            raise RuntimeError(
+                "torch's variable-length attention did not run: it needs CUDA of compute "
+                "capability 8.0, bf16 or fp16, torch 2.13, and to agree with "
+                "scaled_dot_product_attention"
+            )
+        return out
+
+    return attend
 
 
 def visible(problem: Problem, at: torch.device) -> Tensor:
@@ -77,27 +103,44 @@ def visible(problem: Problem, at: torch.device) -> Tensor:
     return seen.tril_().to(at)
 
 
-def whole_row(problem: Problem, mask: Tensor, *inputs: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
-    return out.transpose(1, 2)
+def whole_row(mask: Tensor, *inputs: Tensor) -> Tensor:
+    return sdpa(*inputs, attn_mask=mask)
 
 
-def flex(problem: Problem, mask: Tensor, *inputs: Tensor) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+@functools.cache
+def compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # For all lengths, since those of every batch in a training are others.
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(mask: Tensor) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask
 
     tokens = mask.shape[0]
     blocks = create_block_mask(
         lambda b, h, q, k: mask[q, k], None, None, tokens, tokens, device=mask.device
     )
-    out: Tensor = torch.compile(flex_attention)(*inputs, block_mask=blocks, enable_gqa=True)
-    return out.transpose(1, 2)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        out: Tensor = compiled_flex()(*inputs, block_mask=blocks, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return attend
 
 
-def padded(problem: Problem, *inputs: Tensor) -> Tensor:
-    """TRL's rows, from the packed row's tokens: the same work as [2B, T] of its own."""
-    index = padded_index(problem).to(inputs[0].device)
-    rows = [each[0][:, index].transpose(0, 1) for each in inputs]  # [2B, heads, T, d]
-    return F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
+def padded(*rows: Tensor) -> Tensor:
+    return sdpa(*rows, is_causal=True)
+
+
+def padded_rows(problem: Problem) -> list[Tensor]:
+    """Query, key and value of TRL's rows, from the packed row's tokens, [2B, heads, T, d]."""
+    index = padded_index(problem).to(problem.upstream.device)
+    return [
+        each.detach()[0][:, index].transpose(0, 1).contiguous().requires_grad_()
+        for each in problem.inputs
+    ]
 
 
 def padded_index(problem: Problem) -> Tensor:
@@ -112,47 +155,52 @@ def padded_index(problem: Problem) -> Tensor:
     return torch.tensor([row + row[:1] * (longest - len(row)) for row in rows])
 
 
-def contestants(problem: Problem, at: torch.device) -> dict[str, Callable[..., Tensor]]:
+def contestants(problem: Problem, at: torch.device) -> dict[str, Callable[[], Attention]]:
+    """What prepares each of them."""
     mask = visible(problem, at)
     return {
-        "segments": lambda *x: segments(problem, *x),
-        "varlen": lambda *x: segments(problem, *x, choice="varlen"),
-        "whole_row": lambda *x: whole_row(problem, mask, *x),
-        "flex": lambda *x: flex(problem, mask, *x),
+        "segments": lambda: packed(problem, "segments"),
+        "varlen": lambda: packed(problem, "varlen"),
+        "whole_row": lambda: functools.partial(whole_row, mask),
+        "flex": lambda: flex(mask),
     }
 
 
-def error(problem: Problem, call: Callable[..., Tensor]) -> float:
+def error(problem: Problem, attend: Attention) -> float:
     """The largest difference from float64 of output and gradients, as a share of its norm."""
     exact = [each.detach().double().requires_grad_() for each in problem.inputs]
     mask = visible(problem, problem.upstream.device)
-    outputs = call(*problem.inputs), whole_row(problem, mask, *exact)
+    outputs = attend(*problem.inputs), whole_row(mask, *exact)
     wanted = torch.autograd.grad(outputs[1], exact, problem.upstream.double())
     found = torch.autograd.grad(outputs[0], problem.inputs, problem.upstream)
     pairs = zip((outputs[0], *found), (outputs[1], *wanted), strict=True)
-    return max(
-        float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs
-    )
+    return largest([difference(a.detach(), b.detach()) for a, b in pairs])
 
 
-def padded_error(problem: Problem) -> float:
+def padded_error(problem: Problem, inputs: list[Tensor]) -> float:
     """As `error`, of the output alone: padding, too, gets gradients, which a packed row lacks."""
     with torch.no_grad():
         exact = [each.double() for each in problem.inputs]
-        want = whole_row(problem, visible(problem, exact[0].device), *exact)[0]
-        found = padded(problem, *problem.inputs)
-    worst = 0.0
+        want = whole_row(visible(problem, exact[0].device), *exact)[0]
+        found = padded(*inputs)
+    errors = []
     rows = zip(padded_index(problem).to(want.device), found, strict=True)
     lengths = [prompt + n for _, prompt, completions in problem.segments for n in completions]
     for (index, row), length in zip(rows, lengths, strict=True):
-        wanted = want[index[:length]]
-        worst = max(worst, float((row[:length].double() - wanted).norm() / wanted.norm()))
-    return worst
+        errors.append(difference(row[:length], want[index[:length]]))
+    return largest(errors)
 
 
-def step(problem: Problem, call: Callable[..., Tensor]) -> None:
-    out = call(*problem.inputs)
-    torch.autograd.grad(out.sum(), problem.inputs)
+def difference(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found.double() - wanted).norm() / wanted.norm()
+
+
+def largest(errors: list[Tensor]) -> float:
+    return float(torch.stack(errors).max())  # NaN if one is
+
+
+def step(attend: Attention, inputs: list[Tensor]) -> device.Call:
+    return device.Call(lambda: torch.autograd.grad(attend(*inputs).sum(), inputs))
 
 
 def measure(name: str, pairs: int, dtype: torch.dtype, at: torch.device, rounds: int) -> Any:
@@ -161,26 +209,21 @@ def measure(name: str, pairs: int, dtype: torch.dtype, at: torch.device, rounds:
     case: dict[str, Any] = {"data": name, "pairs": pairs, "dtype": str(dtype)[6:], "tokens": tokens}
     case["padded_tokens"] = padded_index(problem).numel()
     case["not_run"], case["errors"], calls = {}, {}, {}
-    for contestant, call in contestants(problem, at).items():
-        if contestant == "varlen" and not varlen.usable(problem.inputs[0], problem.inputs[2]):
-            case["not_run"][contestant] = (
-                "torch's variable-length attention needs CUDA, bf16 or fp16"
-            )
-            continue
+    for contestant, prepare in contestants(problem, at).items():
         try:
-            case["errors"][contestant] = error(problem, call)
-        except (NotImplementedError, RuntimeError) as reason:
+            attend = prepare()
+            case["errors"][contestant] = error(problem, attend)
+        except RuntimeError as reason:
             case["not_run"][contestant] = str(reason).splitlines()[0]
             continue
-        if case["errors"][contestant] > ALLOWED[dtype]:
+        calls[contestant] = step(attend, problem.inputs)
+    rows = padded_rows(problem)
+    case["errors"]["padded"] = padded_error(problem, rows)
+    calls["padded"] = step(padded, rows)
+    for contestant, wrong in case["errors"].items():
+        if not wrong <= ALLOWED[dtype]:
             case["not_run"][contestant] = "wrong"
-            continue
-        calls[contestant] = device.Call(lambda call=call: step(problem, call))
-    case["errors"]["padded"] = padded_error(problem)
-    if case["errors"]["padded"] <= ALLOWED[dtype]:
-        calls["padded"] = device.Call(lambda: step(problem, lambda *x: padded(problem, *x)))
-    else:
-        case["not_run"]["padded"] = "wrong"
+            del calls[contestant]
     case["times"] = device.interleave(calls, rounds, at)
     return case
 

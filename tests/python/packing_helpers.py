@@ -1,4 +1,5 @@
-"""Groups of random tokens, and the two layouts of them: padded rows, and one packed row."""
+"""Groups of random tokens, the two layouts of them (padded rows, and one packed row), and attention
+over a packed row as it is defined, and as a kernel would compute it."""
 
 from __future__ import annotations
 
@@ -90,3 +91,86 @@ def relative_difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> floa
     squares = [((got[name] - want[name]).double() ** 2).sum() for name in want]
     norms = [(each.double() ** 2).sum() for each in want.values()]
     return float((sum(squares) / sum(norms)) ** 0.5)
+
+
+def visible(lengths: Any, window: int | None) -> Tensor:
+    """Which of the row's tokens sees which, [N, N], written down token by token."""
+    tokens = []  # group, completion (None: prompt), position
+    for group, (prompt, completions) in enumerate(lengths):
+        tokens += [(group, None, i) for i in range(prompt)]
+        for completion, length in enumerate(completions):
+            tokens += [(group, completion, prompt + i) for i in range(length)]
+
+    def sees(query: Any, key: Any) -> bool:
+        same = query[0] == key[0] and key[1] in (None, query[1])
+        near = window is None or query[2] - key[2] < window
+        return bool(same and key[2] <= query[2] and near)
+
+    rows = [[sees(query, key) for key in tokens] for query in tokens]
+    return torch.tensor(rows)
+
+
+def whole_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        extra = sinks.reshape(1, -1, 1, 1).expand(-1, -1, scores.shape[2], -1)
+        scores = torch.cat([scores, extra], -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return (weights @ v).transpose(1, 2)
+
+
+def plain_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    from_start: bool = False,
+) -> Tensor:
+    """What torch documents of `varlen_attn`, which has no CPU kernel, written down plainly."""
+    assert query.dtype == key.dtype == value.dtype
+    assert {t.dtype for t in (cu_seq_q, cu_seq_k)} == {torch.int32}
+    assert all(t.is_contiguous() for t in (query, key, value, cu_seq_q, cu_seq_k))
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    query_lengths, key_lengths = (cu.diff().tolist() for cu in (cu_seq_q, cu_seq_k))
+    assert (max(query_lengths), max(key_lengths)) == (max_q, max_k)
+    # A kernel rounds its inputs and outputs, not what is between.
+    inner = torch.promote_types(query.dtype, torch.float32)
+    splits = (
+        query.to(inner).split(query_lengths),
+        key.to(inner).split(key_lengths),
+        value.to(inner).split(key_lengths),
+    )
+    outputs = []
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    with torch.autocast("cpu", enabled=False):
+        for q, k, v in zip(*splits, strict=True):
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+            first = 0 if from_start else len(k) - len(q)
+            back = torch.arange(first, first + len(q))[:, None] - torch.arange(len(k))[None]
+            left, right = window_size
+            seen = back >= -right
+            if left >= 0:
+                seen &= back <= left
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs).to(query.dtype)

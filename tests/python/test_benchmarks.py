@@ -5,6 +5,7 @@ Nothing here says how fast anything is, but that the check notices the portable 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -222,36 +223,82 @@ def test_tables_are_those_of_the_results():
 # ---- attention over packed rows -----------------------------------------------------------------
 
 
-def test_attention_is_verified_before_it_is_timed(monkeypatch):
+@pytest.fixture
+def packed_attention(_project):
     pytest.importorskip("transformers", reason="packed attention is registered with transformers")
     from benchmarks import packed_attention
 
-    def measured():
-        cpu = torch.device("cpu")
-        return packed_attention.measure("anthropic-evals", 2, torch.float32, cpu, rounds=1)
+    return packed_attention
 
-    padded = packed_attention.padded
-    case = measured()
+
+def measured(packed_attention, dtype=torch.float32):
+    cpu = torch.device("cpu")
+    return packed_attention.measure("anthropic-evals", 2, dtype, cpu, rounds=1)
+
+
+def test_attention_is_verified_before_it_is_timed(packed_attention, monkeypatch):
+    case = measured(packed_attention)
     assert set(case["times"]) == set(case["errors"]) == {"segments", "whole_row", "padded"}
     assert set(case["not_run"]) == {"varlen", "flex"}
-    right = packed_attention.visible
+    padded = packed_attention.padded
 
-    def all_earlier(*arguments):  # also the other completion, and the other pairs
-        return torch.ones_like(right(*arguments)).tril_()
+    def all_earlier(problem, at):  # also the other completion, and the other pairs
+        mask = torch.ones_like(packed_attention.visible(problem, at)).tril_()
+        return functools.partial(packed_attention.whole_row, mask)
+
+    def not_a_number(problem):
+        attend = packed_attention.packed(problem, "segments")
+        return lambda *inputs: attend(*inputs) * float("nan")
 
     monkeypatch.setattr(
         packed_attention,
         "contestants",
         lambda problem, at: {
-            "whole_row": lambda *x: packed_attention.whole_row(
-                problem, all_earlier(problem, at), *x
-            )
+            "whole_row": lambda: all_earlier(problem, at),
+            "segments": lambda: not_a_number(problem),
         },
     )
-    monkeypatch.setattr(packed_attention, "padded", lambda problem, *x: 1.01 * padded(problem, *x))
-    case = measured()
-    assert case["not_run"] == {"whole_row": "wrong", "padded": "wrong"}
+    monkeypatch.setattr(packed_attention, "padded", lambda *rows: 1.01 * padded(*rows))
+    case = measured(packed_attention)
+    assert case["not_run"] == {"whole_row": "wrong", "segments": "wrong", "padded": "wrong"}
     assert case["times"] == {}
+
+
+def test_attention_is_timed_as_varlen_only_where_the_kernel_ran(packed_attention, monkeypatch):
+    from fusedpo._packing import varlen
+    from packing_helpers import plain_varlen
+
+    monkeypatch.setattr(varlen, "has_flash", lambda device: True)
+    monkeypatch.setattr(varlen, "_agrees", {})
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    assert "varlen" in measured(packed_attention, torch.bfloat16)["times"]
+    assert "did not run" in measured(packed_attention)["not_run"]["varlen"]  # fp32
+    monkeypatch.setattr(varlen, "_agrees", {})
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn", lambda *x, **y: 1.1 * plain_varlen(*x, **y)
+    )
+    with pytest.warns(UserWarning, match="variable-length attention differs"):
+        case = measured(packed_attention, torch.bfloat16)
+    assert "did not run" in case["not_run"]["varlen"]
+    assert "varlen" not in case["times"]
+    assert "segments" in case["times"]
+
+
+def test_attention_is_timed_without_what_serves_all_layers(packed_attention, monkeypatch):
+    interleave = packed_attention.device.interleave
+
+    def nothing_is_built(calls, rounds, at):
+        def refused(*arguments, **keywords):
+            raise AssertionError("a mask, a table or padded rows are built in the timed call")
+
+        with monkeypatch.context() as while_timed:
+            for name in ("SegmentTable", "visible", "padded_index", "padded_rows"):
+                while_timed.setattr(packed_attention, name, refused)
+            while_timed.setattr(torch, "arange", refused)  # every mask of a segment needs it
+            return interleave(calls, rounds, at)
+
+    monkeypatch.setattr(packed_attention.device, "interleave", nothing_is_built)
+    assert set(measured(packed_attention)["times"]) == {"segments", "whole_row", "padded"}
 
 
 # ---- the check ----------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def test_a_missing_gpu_is_a_visible_skip_and_a_failure_where_one_is_required(mon
         cuda_cases.need_device()
 
 
-GROUP = ("", "_memory", "_contract", "_losses", "_accuracy", "_trl")
+GROUP = ("", "_memory", "_contract", "_losses", "_accuracy", "_packing", "_trl")
 
 
 def test_the_group_collects_every_borrowed_test():

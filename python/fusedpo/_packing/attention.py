@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,36 +26,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import varlen
-from .layout import Segment
 from .names import NAMES, former_implementation, takes_packed_rows
-
-
-class SegmentTable:
-    """The segments of one packed forward, for all its attention layers."""
-
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self.segments = segments
-        self.calls = 0  # layers that have read the table
-        self.pieces = [
-            length
-            for _, prompt, (first, *others) in segments
-            for length in (prompt + first, *others)
-        ]
-        self._masks: dict[Any, Tensor] = {}
-
-    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-        """What is added to the scores [queries, keys] of the last `queries` of `keys` tokens: 0
-        where a key is seen, else -inf. Built once for all layers of a kind."""
-        key = queries, keys, window, like.dtype, like.device
-        if key not in self._masks:
-            query_at = torch.arange(keys - queries, keys, device=like.device)[:, None]
-            key_at = torch.arange(keys, device=like.device)[None]
-            hidden = key_at > query_at
-            if window is not None:
-                hidden |= key_at <= query_at - window
-            zeros = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
-            self._masks[key] = zeros.masked_fill_(hidden, float("-inf"))
-        return self._masks[key]
+from .table import SegmentTable
 
 
 def use_packed_attention(model: Any) -> None:
@@ -123,40 +95,17 @@ def attend_in_segments(
     table.calls += 1
     forms_scores = softcap is not None or s_aux is not None
     attend = _scores if forms_scores else _fused
-    problems = [problem for problem in _problems(query, key, value, table) if problem[0].shape[2]]
-
-    def one_by_one() -> Tensor:
-        outputs = [
-            # [1, heads, L, d] -> [1, L, heads, d]
-            attend(q, k, v, table, scaling, sliding_window, softcap, s_aux).transpose(1, 2)
-            for q, k, v in problems
-        ]
-        return torch.cat(outputs, 1)
-
-    at_once = not forms_scores and varlen.usable(query, value)
-    if at_once and varlen.agrees(problems, scaling, sliding_window, one_by_one):
-        return varlen.attend(problems, scaling, sliding_window), None
-    return one_by_one(), None
-
-
-def _problems(
-    query: Tensor, key: Tensor, value: Tensor, table: SegmentTable
-) -> Iterator[varlen.Problem]:
-    """Queries, keys and values of each completion; the first ones with the queries of the prompt.
-
-    The row is split, not sliced: the gradient of a split is one concatenation, that of each slice a
-    row of zeros.
-    """
-    queries, keys, values = (iter(torch.split(t, table.pieces, 2)) for t in (query, key, value))
-    for _, prompt, (_, *others) in table.segments:
-        first_key, first_value = next(keys), next(values)
-        yield next(queries), first_key, first_value
-        for _ in others:
-            yield (
-                next(queries),
-                torch.cat([first_key[:, :, :prompt], next(keys)], 2),
-                torch.cat([first_value[:, :, :prompt], next(values)], 2),
-            )
+    problems = table.problems(query, key, value)
+    at_once = not forms_scores and varlen.usable(query, value, table)
+    if at_once and varlen.agrees(query, key, scaling, sliding_window):
+        table.at_once += 1
+        return varlen.attend(problems, table, scaling, sliding_window), None
+    outputs = [
+        # [1, heads, L, d] -> [1, L, heads, d]
+        attend(q, k, v, table, scaling, sliding_window, softcap, s_aux).transpose(1, 2)
+        for q, k, v in problems
+    ]
+    return torch.cat(outputs, 1), None
 
 
 def _fused(
@@ -171,8 +120,9 @@ def _fused(
     queries, keys = q.shape[2], k.shape[2]
     plain = queries == keys and (window is None or keys <= window)
     shared = q.shape[1] // k.shape[1]  # query heads per key head
-    if shared > 1 and not plain and q.device.type == "cuda":
-        # With a mask and fewer key heads CUDA has no fused kernel.
+    if shared > 1 and q.device.type == "cuda" and not (plain and varlen.flash_takes(q, v)):
+        # Of CUDA's fused kernels only flash attention takes fewer key heads, and it takes no mask:
+        # all scores would be formed.
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     return F.scaled_dot_product_attention(
         q,

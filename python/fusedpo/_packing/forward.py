@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import SegmentTable, packed_arguments
+from .attention import packed_arguments
 from .layout import Packed
+from .table import SegmentTable
 
 
 def packed_states(
