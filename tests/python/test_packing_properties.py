@@ -22,6 +22,7 @@ from packing_helpers import (
     packed_logps,
     padded,
     padded_logps,
+    relative_difference,
     summed,
 )
 from test_packing_architectures import CASES, make
@@ -102,3 +103,12 @@ def test_layout_has_each_token_once_and_scores_it_from_the_one_before(lengths: A
     assert at == len(row.rows) == len(row.labels)
     assert row.counts == counts
     assert row.repeated().tolist() == repeated
+
+
+def test_a_wrong_gradient_of_a_small_parameter_is_noticed() -> None:
+    want = {"large": torch.ones(100), "small": torch.full((100,), 1e-3)}
+    got = want | {"small": 1.005 * want["small"]}
+    assert relative_difference(got, want) < 1e-5  # one norm over all does not see it
+    with pytest.raises(AssertionError, match=r"small is off by 5\.00e-05"):
+        assert_equal_gradients(got, want)
+    assert_equal_gradients(want | {"small": want["small"] * (1 + 5e-6)}, want)
