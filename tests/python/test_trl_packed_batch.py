@@ -1,4 +1,4 @@
-"""A batch between the collator and the model: its packed row is that of its tensors, or is made anew."""
+"""Between collator and model: the packed row of a batch is that of its tensors, or is made anew."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def other_ids_in_place(batch: Any) -> Any:
     return batch
 
 
-def narrower_mask(batch: Any) -> Any:
+def wider_mask(batch: Any) -> Any:
+    """The last token of each prompt is scored, too."""
     mask = batch["completion_mask"]
-    batch["completion_mask"] = mask & mask.roll(1, dims=1)
+    batch["completion_mask"] = (mask | mask.roll(-1, dims=1)) & batch["attention_mask"]
     return batch
 
 
@@ -64,7 +65,7 @@ def fewer_pairs(batch: Any) -> Any:
     }
 
 
-CHANGES = [other_ids, other_ids_in_place, narrower_mask, fewer_pairs]
+CHANGES = [other_ids, other_ids_in_place, wider_mask, fewer_pairs]
 
 
 def assert_both_layouts_agree(run: Callable[[bool], Any]) -> None:
@@ -245,9 +246,7 @@ def test_tensors_that_come_and_go_do_not_pass_for_those_of_the_row(tmp_path: Any
     address = id(batch["input_ids"])
     for _ in range(100):
         # The first is freed here, and Python gives its address to one of the next.
-        batch["input_ids"] = torch.where(
-            batch["completion_mask"] == 1, (batch["input_ids"] + 1) % 32, batch["input_ids"]
-        )
+        batch["input_ids"] = batch["input_ids"].roll(1, dims=0)
         if id(batch["input_ids"]) == address:
             break
     got = trainer.token_logps(trainer.model, batch)

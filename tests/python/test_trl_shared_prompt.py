@@ -19,8 +19,8 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 import peft
 import transformers
 from datasets import Dataset, IterableDataset
-from fusedpo.trl import FusedDPOTrainer
 from fusedpo._precompute import scoring
+from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.packed_batch import (
     KEY,
     NotShareableError,

@@ -82,6 +82,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         trainer.train()
     """
 
+    data_collator: Any
+
     def __init__(
         self,
         model: Any,
