@@ -74,6 +74,26 @@ def stream(folder: pathlib.Path, share_prompts: bool) -> Any:
     return trainer
 
 
+def late_stream(folder: pathlib.Path, share_prompts: bool) -> Any:
+    """Train without a data set to evaluate on; the stream comes later."""
+    trainer = FusedDPOTrainer(
+        make_model(),
+        ref_model=make_model(),
+        args=make_config(folder, per_device_train_batch_size=2, max_steps=1),
+        train_dataset=Dataset.from_list(make_pairs()),
+        processing_class=make_tokenizer(),
+        data_collator=DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=32),
+        share_prompts=share_prompts,
+    )
+    trainer.train()
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [{name: row[name] for name in names} for row in trainer.train_dataset]
+    trainer.evaluate(IterableDataset.from_generator(lambda: iter(rows)))
+    predicted = trainer.predict(IterableDataset.from_generator(lambda: iter(rows)))
+    trainer.log({"predicted_loss": predicted.metrics["test_loss"]})
+    return trainer
+
+
 def main(folder: pathlib.Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -82,6 +102,10 @@ def main(folder: pathlib.Path) -> None:
         trainer = stream(folder, name == "packed")
         results[name] = logged(trainer)
         results["tokens"][name] = trainer.state.log_history[0]["tokens/computed"]
+        trainer = late_stream(folder, name == "packed")
+        results[f"late {name}"] = logged(trainer)
+        told = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        results["tokens"][f"late {name}"] = told[0]["eval_tokens/computed"]
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     leave()

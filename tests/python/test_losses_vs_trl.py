@@ -17,7 +17,7 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 
 import fusedpo
 from datasets import Dataset
-from fusedpo.trl import FusedDPOTrainer, shared_prompt
+from fusedpo.trl import FusedDPOTrainer
 from fusedpo.trl.versions import at_least
 from trl import DPOTrainer
 from trl_helpers import (
@@ -211,7 +211,6 @@ def test_empty_prompts_divide_by_trls_lengths(trainers):
         batch = batch_of(trainer, 3)
         # Without a prompt, the shifted mask loses the first completion token.
         batch["completion_mask"] = batch["attention_mask"].clone()
-        batch.pop(shared_prompt.KEY, None)  # laid out with the prompt
         configure(trainer, {"loss_type": ["ipo"]})
         results.append(step(trainer, batch))
     assert_same_step(results[1], results[0])

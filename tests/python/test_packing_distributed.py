@@ -52,3 +52,12 @@ def test_stream_that_one_rank_reads_for_both_is_packed_by_each(results: dict[str
     assert any("eval_loss" in entry for entry in results["packed"])
     assert_equal_logs(results["packed"], results["padded"])
     assert results["tokens"]["packed"] < 0.5 * results["tokens"]["padded"]
+
+
+def test_stream_that_evaluate_and_predict_are_given_later_is_packed_by_each(
+    results: dict[str, Any],
+) -> None:
+    assert any("eval_loss" in entry for entry in results["late packed"])
+    assert any("predicted_loss" in entry for entry in results["late packed"])
+    assert_equal_logs(results["late packed"], results["late padded"])
+    assert results["tokens"]["late packed"] < 0.5 * results["tokens"]["late padded"]

@@ -19,12 +19,15 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 import peft
 import transformers
 from datasets import Dataset, IterableDataset
+from fusedpo._precompute import scoring
 from fusedpo.trl import FusedDPOTrainer
-from fusedpo.trl.shared_prompt import (
+from fusedpo.trl.packed_batch import (
     KEY,
     NotShareableError,
     PackedBatch,
+    PackingCollator,
     pack_batch,
+    packed_row,
 )
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -211,15 +214,33 @@ def test_a_store_serves_both_layouts(first: bool, tmp_path: Any) -> None:
     assert_equal_logs(*logs)
 
 
+def test_false_fills_a_store_padded_though_the_model_took_packed_rows_before(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    def packed(*_: Any) -> Any:
+        raise AssertionError("scored in a packed row")
+
+    model = make_model()
+    assert build(tmp_path, model=model, ref_model=make_model())._shared_prompts.active
+    monkeypatch.setattr(scoring, "_score_packed", packed)
+    refs = tmp_path / "refs"
+    trainer = build(tmp_path, model=model, ref_store=refs, share_prompts=False, max_steps=1)
+    trainer.train()
+    assert all(computed == padded for computed, padded in tokens(trainer))
+
+
 # Batches ------------------------------------------------------------------------------------------
 
 
 def test_batch_of_another_collator_is_laid_out_when_it_arrives(shared: Any) -> None:
-    batch = batch_of(shared)
-    without = {name: value for name, value in batch.items() if name != KEY}
+    rows = [shared.train_dataset[i] for i in range(4)]
+    batch = PackingCollator(shared.data_collator)(rows)
+    row = packed_row(batch)
     want = shared.token_logps(shared.model, batch)
+    assert batch[KEY].packed.segments is row.packed.segments
+    without = batch_of(shared)
     assert torch.equal(shared.token_logps(shared.model, without), want)
-    assert isinstance(batch[KEY], PackedBatch)
+    assert isinstance(without[KEY], PackedBatch)
 
 
 def left_padded(batch: Any) -> dict[str, torch.Tensor]:
@@ -254,7 +275,7 @@ def test_padding_on_the_left_keeps_the_positions_it_gives(family: str, tmp_path:
 def test_batches_of_another_form_are_not_packed(
     change: Callable[[Any], Any], words: str, shared: Any
 ) -> None:
-    batch = {name: value for name, value in batch_of(shared).items() if name != KEY}
+    batch = batch_of(shared)
     with pytest.raises(NotShareableError, match=words):
         pack_batch(batch | change(batch))
 
@@ -324,10 +345,10 @@ def test_share_prompts_has_three_values(wrong: Any, tmp_path: Any) -> None:
         build(tmp_path, share_prompts=wrong)
 
 
-def test_false_leaves_model_and_collator_as_they_are(tmp_path: Any) -> None:
+def test_false_leaves_model_and_batches_as_they_are(tmp_path: Any) -> None:
     trainer = build(tmp_path, ref_model=make_model(), share_prompts=False)
     assert trainer.model.config._attn_implementation == "sdpa"
-    assert KEY not in batch_of(trainer)
+    assert type(next(iter(trainer.get_train_dataloader()))) is dict
 
 
 @pytest.mark.parametrize("change", ["ids", "ids in place", "narrower mask", "wider mask"])

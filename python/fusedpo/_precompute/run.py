@@ -60,7 +60,8 @@ def precompute(
         dtype: of the weights: float32, bfloat16, float16, or auto (as the checkpoint has them).
         autocast: auto (bf16, as DPOConfig), bf16, fp16 or no.
         revision: which revision of the model on the Hub.
-        attn_implementation: as for `from_pretrained`, e.g. "flash_attention_2".
+        attn_implementation: as for `from_pretrained`. Prompts are shared with "sdpa" and "eager";
+            others, e.g. "flash_attention_2", are padded under `share_prompts="auto"`.
         max_tokens_per_batch: tokens that the model computes for a batch (each prompt once, or with
             padding); bounds the memory.
         share_prompts: compute a prompt once for all its completions, without padding: "auto" does

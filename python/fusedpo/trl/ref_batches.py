@@ -13,7 +13,7 @@ import torch
 
 from fusedpo._precompute.records import Record
 from fusedpo.trl import ref_images
-from fusedpo.trl.shared_prompt import KEY
+from fusedpo.trl.packed_batch import KEY
 
 # What the keys of a store cover, or what changes no log-prob.
 _COVERED = frozenset(

@@ -28,8 +28,8 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, 
 
 from fusedpo import pair_logps
 from fusedpo._head import add_fused_head
-from fusedpo._packing.attention import use_packed_attention
-from fusedpo._packing.names import former_implementation, takes_packed_rows
+from fusedpo._packing.attention import packed_attention, use_packed_attention
+from fusedpo._packing.names import former_implementation
 from fusedpo._precompute.filling import Scorer, fill, open_store
 from fusedpo._precompute.identity import model_identity, refuse_sharded
 from fusedpo._precompute.records import RecordIndex, index_records, keys_of
@@ -210,7 +210,8 @@ class StoredReference:
         model, adapter = self._reference()
         tokenizer = trainer._tokenizer
         scorer = Scorer(model, self._autocast, tokenizer.pad_token_id or 0, inference_mode=False)
-        with adapter:
+        # The model may take packed rows for another trainer that had it before.
+        with adapter, packed_attention(model, trainer._shared_prompts.active):
             report = fill(
                 self._store,
                 self.path,
@@ -384,7 +385,7 @@ class StoredReference:
             )
         disable_dropout_in_model(model)
         add_fused_head(model)
-        if takes_packed_rows(trainer.accelerator.unwrap_model(trainer.model)):
+        if trainer._shared_prompts.active:
             use_packed_attention(model)
         trainer.accelerator.print(f"fusedpo: {self.path}: loaded {name} to score what is missing")
         return trainer.accelerator.prepare_model(model, evaluation_mode=True)

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from fusedpo import PairLogps, pair_logps
 from fusedpo._packing.architectures import check_mode
 from fusedpo._precompute.reference import check_head
-from fusedpo.trl import ref_images, shared_prompt
+from fusedpo.trl import packed_batch, ref_images
 from fusedpo.trl.bindings import check_attributes
 from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_attributes, loss_call
@@ -34,7 +34,7 @@ from fusedpo.trl.versions import TRAINER
 
 _TOKEN_COLUMNS = frozenset({"prompt_ids", "chosen_ids", "rejected_ids"})
 _NOT_FOR_THE_MODEL = frozenset(
-    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", shared_prompt.KEY, ref_images.KEY}
+    {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", packed_batch.KEY, ref_images.KEY}
 )
 
 
@@ -81,6 +81,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         )
         trainer.train()
     """
+
+    data_collator: Any
 
     def __init__(
         self,
@@ -164,10 +166,23 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "parameters are sharded. Use DPOConfig(precompute_ref_log_probs=True) there."
             )
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+    def _get_dataloader(self, dataset: Any, *arguments: Any, **keywords: Any) -> Any:
+        """As `transformers.Trainer._get_dataloader`, through which every loader is made. Packing is
+        put around the collator here, so around all that a user has put around it, too."""
+        collator = self.data_collator
         if self._shared_prompts is not None:
-            self._shared_prompts.arrived(prepared)
+            self.data_collator = self._shared_prompts.collator(collator, dataset, self.accelerator)
+        try:
+            return super()._get_dataloader(dataset, *arguments, **keywords)
+        finally:
+            self.data_collator = collator
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        row = packed_batch.packed_row(inputs)
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        prepared.pop(packed_batch.KEY, None)
+        if row is not None:
+            prepared[packed_batch.KEY] = row.taken_to(prepared)
         return prepared
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
