@@ -75,7 +75,11 @@ Autocast = Annotated[
 ]
 Attention = Annotated[
     str | None,
-    typer.Option(metavar="A", rich_help_panel=HOW, help="E.g. sdpa, eager, flash_attention_2."),
+    typer.Option(
+        metavar="A",
+        rich_help_panel=HOW,
+        help="E.g. sdpa, eager; with flash_attention_2 no prompt is shared.",
+    ),
 ]
 Abandoned = Annotated[
     bool,
