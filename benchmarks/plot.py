@@ -38,10 +38,18 @@ STYLES: dict[str, tuple[str, str]] = {
     "floor_fp32": ("floor in fp32", "#aaaaaa"),
 }
 FLOORS = ("floor", "floor_inplace", "floor_fp32")
+UNITS = ("floor", "floor_fp32")  # the faster of these is 1
 # What varies along the axis of a panel, and what it is called.
 AXES = {"V": "vocabulary", "N": "completion rows", "share": "completion, % of positions",
         "threads": "threads"}  # fmt: skip
 Cases = list[dict[str, Any]]
+
+
+def floor_of(case: Mapping[str, Any]) -> float:
+    """Seconds of the bare products in the dtype that this processor multiplies faster, or of the
+    bytes: torch's bf16 products bound nothing without bf16 instructions."""
+    peers = case["peers"]
+    return min(peers[n]["median_s"] for n in UNITS if timed(peers.get(n, {})))
 
 
 def bars(cases: Cases, path: pathlib.Path, title: str) -> None:
@@ -55,8 +63,12 @@ def bars(cases: Cases, path: pathlib.Path, title: str) -> None:
         lines, columns, figsize=(4.4 * columns, 2.6 * lines), squeeze=False, layout="constrained"
     )
     for panel, case in zip(panels.flat, cases, strict=False):
-        names = [n for n in STYLES if timed(case["peers"].get(n, {})) and n != "floor"]
-        values = [case["peers"][n]["times_floor"] for n in names]
+        names = [
+            n
+            for n in STYLES
+            if timed(case["peers"].get(n, {})) and n not in ("floor", "floor_fp32")
+        ]
+        values = [case["peers"][n]["median_s"] / floor_of(case) for n in names]
         panel.barh([STYLES[n][0] for n in names], values, color=[STYLES[n][1] for n in names])
         for y, (name, value) in enumerate(zip(names, values, strict=True)):
             scaled = "*" if "extrapolated_from_V" in case["peers"][name] else ""
@@ -67,8 +79,7 @@ def bars(cases: Cases, path: pathlib.Path, title: str) -> None:
         number_ticks(panel.xaxis, 0.5, max([*values, 1.0]))
         panel.invert_yaxis()
         panel.tick_params(labelsize=8)
-        milliseconds = 1e3 * case["peers"]["floor"]["median_s"]
-        panel.set_title(f"{case['name']} (floor {milliseconds:.3g} ms)", fontsize=9)
+        panel.set_title(f"{case['name']} (floor {1e3 * floor_of(case):,.1f} ms)", fontsize=9)
     for panel in panels.flat[len(cases) :]:
         panel.set_axis_off()
     figure.suptitle(title, fontsize=10)
@@ -95,8 +106,8 @@ def lines(groups: Iterable[tuple[str, str, Cases]], path: pathlib.Path, title: s
     for panel, (axis, heading, cases) in zip(panels.flat, groups, strict=False):
         highest = 1.0
         for name, (label, colour) in STYLES.items():
-            found = [case for case in cases if "times_floor" in case["peers"].get(name, {})]
-            points = [(case[axis], case["peers"][name]["times_floor"]) for case in found]
+            found = [case for case in cases if timed(case["peers"].get(name, {}))]
+            points = [(c[axis], c["peers"][name]["median_s"] / floor_of(c)) for c in found]
             if points:
                 style = "--" if name in FLOORS else ".-"
                 panel.plot(*zip(*points, strict=True), style, color=colour, label=label)
@@ -190,8 +201,8 @@ def plot_logits(content: dict[str, Any], folder: pathlib.Path) -> None:
             ("V", f"{way}, fp32, N 256", along(cases, "V", base | {"N": 256, "share": 100})),
             ("N", f"{way}, fp32, V 32,000", along(cases, "N", small | {"share": 100})),
             ("share", f"{way}, fp32, V 32,000", along(cases, "share", small | {"N": 256})),
-            ("threads", f"{way}, fp32, V 32,000",
-             along(cases, "threads", {"way": way, "dtype": "fp32", "V": 32_000, "N": 256,
+            ("threads", f"{way}, fp32, V 151,936",
+             along(cases, "threads", {"way": way, "dtype": "fp32", "V": 151_936, "N": 256,
                                       "share": 100})),
         ]  # fmt: skip
     lines(groups[:4], folder / "logits_forward_axes.png", "logits that exist, forward")

@@ -100,7 +100,11 @@ def head_table(path: pathlib.Path) -> str:
         "TRL and Liger score all positions; eager (`log_softmax` of the logits), torch.compile of "
         "it and torch's chunked `linear_cross_entropy` the completion rows only, without metrics. "
         "Bare GEMMs are the matrix products alone, into buffers that exist."
-        + (" -: it does not run here; the JSON says why." if "-" in cells else "")
+        + (
+            " -: not measured, or it does not run here and the JSON says why."
+            if "-" in cells
+            else ""
+        )
         + (" \\*: measured on a part of the vocabulary and scaled up." if scaled else ""),
     ]
     if memory_path.exists():
