@@ -61,6 +61,10 @@ def not_implemented(*_: Any, **__: Any) -> Tensor:
     raise NotImplementedError("no such operator")
 
 
+def other_parameters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise AssertionError("never called with three arguments")
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU passes for a GPU with flash attention, about which nothing is known yet."""
@@ -188,6 +192,7 @@ def test_ends_are_made_once_for_all_layers() -> None:
         (gradient_of_values_not_a_number, None, "differs .* by nan"),
         (no_kernel, None, r"fails \(FlashAttention only supports Ampere GPUs or newer\.\)"),
         (not_implemented, None, r"fails \(no such operator\)"),
+        (other_parameters, None, r"fails \(.*unexpected keyword argument"),
     ],
 )
 @pytest.mark.parametrize("key_heads", [2, 4])
@@ -201,6 +206,35 @@ def test_a_wrong_kernel_is_told_and_not_used(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # told once
         assert_attends_as_a_whole_row(LENGTHS, key_heads, window)
+
+
+@pytest.mark.usefixtures("any_dtype")
+def test_no_kernel_is_tried_within_a_backward() -> None:
+    """Its thread would wait for the trial's own backward, and that for the thread."""
+    segments, inputs = make_inputs(LENGTHS)
+    known = []
+
+    def again(gradient: Tensor) -> None:
+        attend(segments, [each.detach() for each in inputs])
+        known.append(dict(varlen._agrees))
+
+    start = torch.ones(1, requires_grad=True)
+    start.register_hook(again)
+    (2 * start).backward()
+    assert known == [{}]
+    attend(segments, inputs)
+    assert list(varlen._agrees.values()) == [True]
+
+
+def test_flash_attention_that_is_turned_off_is_not_used() -> None:
+    _, (query, _, value) = make_inputs(LENGTHS, dtype=torch.bfloat16)
+    assert varlen.flash_takes(query, value)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert not varlen.flash_takes(query, value)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
 
 
 @pytest.mark.usefixtures("any_dtype")

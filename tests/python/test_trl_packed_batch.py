@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -86,19 +86,27 @@ def test_collator_that_is_put_around_the_trainers_is_heeded(change: Any, tmp_pat
     assert_both_layouts_agree(run)
 
 
-@pytest.mark.parametrize("method", ["_prepare_inputs", "training_step"])
+@pytest.mark.parametrize("method", ["_prepare_inputs", "_prepare_input", "training_step"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_subclass_that_changes_batches_before_they_are_prepared_is_heeded(
+def test_subclass_that_changes_batches_as_they_are_prepared_is_heeded(
     change: Any, method: str, tmp_path: Any
 ) -> None:
     def before_preparing(self: Any, inputs: Any) -> Any:
         return super(changing, self)._prepare_inputs(change(inputs))
 
+    def while_preparing(self: Any, data: Any) -> Any:
+        data = super(changing, self)._prepare_input(data)
+        return change(data) if isinstance(data, Mapping) else data
+
     def before_a_step(self: Any, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         return super(changing, self).training_step(model, change(inputs), *rest, **keywords)
 
-    override = before_preparing if method == "_prepare_inputs" else before_a_step
-    changing = type("Changing", (FusedDPOTrainer,), {method: override})
+    overrides = {
+        "_prepare_inputs": before_preparing,
+        "_prepare_input": while_preparing,
+        "training_step": before_a_step,
+    }
+    changing = type("Changing", (FusedDPOTrainer,), {method: overrides[method]})
 
     def run(share: bool) -> Any:
         return train(changing, tmp_path, keywords={"share_prompts": share}, max_steps=2)

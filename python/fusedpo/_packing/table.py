@@ -69,7 +69,10 @@ class SegmentTable:
         """[2, problems + 1] int32: 0, and the sum of the queries, and of the keys, up to each."""
         if device not in self._ends:
             sums = np.cumsum([(0, 0), *self.lengths], 0, dtype=np.int32)
-            self._ends[device] = torch.from_numpy(np.ascontiguousarray(sums.T)).to(device)
+            ends = torch.from_numpy(np.ascontiguousarray(sums.T))
+            # The host need not wait: a copy from memory that is not pinned has read all of it when
+            # it returns.
+            self._ends[device] = ends.to(device, non_blocking=True)
         return self._ends[device]
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:

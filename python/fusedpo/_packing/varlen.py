@@ -11,6 +11,7 @@ in which a wrong alignment, window or gradient shows; where they differ it is le
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -65,10 +66,12 @@ def has_flash(device: torch.device) -> bool:
 
 
 def flash_takes(query: Tensor, value: Tensor) -> bool:
-    """Whether flash attention computes heads of this size and dtype, the one under autocast."""
+    """Whether flash attention computes heads of this size and dtype, the one under autocast, and
+    nobody has turned it off."""
     size = query.shape[-1]
     return (
         has_flash(query.device)
+        and torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
         and linear_compute_dtype(query) in (torch.bfloat16, torch.float16)
         and size == value.shape[-1]
         and size % 8 == 0
@@ -131,6 +134,8 @@ def agrees(query: Tensor, key: Tensor, scaling: float | None, window: int | None
     heads, size = query.shape[1], query.shape[3]
     kind = Kind(query.device, dtype, heads, key.shape[1], size, scaling, window is not None)
     if kind not in _agrees:
+        if torch._C._current_graph_task_id() != -1:
+            return False  # within a backward, whose thread the trial's own backward would wait for
         # In a thread of its own, where nothing of the caller's is on: autocast, inference mode, the
         # hooks and the recomputation of gradient checkpointing.
         with ThreadPoolExecutor(1) as thread:
@@ -147,11 +152,14 @@ def agrees(query: Tensor, key: Tensor, scaling: float | None, window: int | None
 
 
 def _what_is_wrong(kind: Kind) -> str | None:
+    on_cuda = kind.device.type == "cuda"
     try:
-        error = _trial_error(kind)
+        # The current device is each thread's own.
+        with torch.cuda.device(kind.device) if on_cuda else contextlib.nullcontext():
+            error = _trial_error(kind)
     except torch.OutOfMemoryError:
         raise  # tells nothing of the kernel
-    except RuntimeError as reason:
+    except Exception as reason:  # a later torch may not even know its parameters
         first_line = str(reason).partition("\n")[0]
         return f"fails ({first_line})"
     if error <= _ALLOWED:  # not so for NaN

@@ -61,6 +61,21 @@ class PackedBatch:
         """Return it as of the tensors that those of its source have become."""
         return replace(self, source=_source(inputs))
 
+    def moved_to(self, inputs: Mapping[str, Any]) -> PackedBatch | None:
+        """Return it as of these tensors if they are its source, moved to a device or not at all;
+        None if they were written to, have another shape or dtype, or are others."""
+        for name, (before, version) in zip(_IDS_AND_MASKS, self.source, strict=True):
+            now = inputs[name]
+            same = now is before and _version(now) == version
+            moved = (
+                now.device != before.device
+                and now.shape == before.shape
+                and now.dtype == before.dtype
+            )
+            if not (same or moved):
+                return None
+        return self.taken_to(inputs)
+
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """Move the tensors of the row."""
         return replace(

@@ -181,8 +181,8 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         row = packed_batch.packed_row(inputs)
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         prepared.pop(packed_batch.KEY, None)
-        if row is not None:
-            prepared[packed_batch.KEY] = row.taken_to(prepared)
+        if row is not None and (moved := row.moved_to(prepared)) is not None:
+            prepared[packed_batch.KEY] = moved
         return prepared
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
