@@ -80,12 +80,11 @@ void for_each_row(const Scorer& score, int64_t count, int64_t vocab, const F& fi
     return;
   }
   std::vector<RowStats> parts(static_cast<size_t>(count * stretches));
-  torch::stable::parallel_for(
-      0, count * stretches, kStretchGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {
-          parts[static_cast<size_t>(k)] = score(k / stretches, k % stretches);
-        }
-      });
+  torch::stable::parallel_for(0, count * stretches, kStretchGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      parts[static_cast<size_t>(k)] = score(k / stretches, k % stretches);
+    }
+  });
   for (int64_t i = 0; i < count; ++i) {
     RowStats row = parts[static_cast<size_t>(i * stretches)];
     for (int64_t j = 1; j < stretches; ++j) {
