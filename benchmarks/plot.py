@@ -63,11 +63,7 @@ def bars(cases: Cases, path: pathlib.Path, title: str) -> None:
         lines, columns, figsize=(4.4 * columns, 2.6 * lines), squeeze=False, layout="constrained"
     )
     for panel, case in zip(panels.flat, cases, strict=False):
-        names = [
-            n
-            for n in STYLES
-            if timed(case["peers"].get(n, {})) and n not in ("floor", "floor_fp32")
-        ]
+        names = [n for n in STYLES if timed(case["peers"].get(n, {})) and n not in UNITS]
         values = [case["peers"][n]["median_s"] / floor_of(case) for n in names]
         panel.barh([STYLES[n][0] for n in names], values, color=[STYLES[n][1] for n in names])
         for y, (name, value) in enumerate(zip(names, values, strict=True)):
