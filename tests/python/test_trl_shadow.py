@@ -89,7 +89,8 @@ def test_trained_adapter_has_its_initial_state_as_reference(tmp_path: Any) -> No
     assert "ref" in trainer.model.peft_config
 
 
-def test_adapter_on_weights_of_four_bits(tmp_path: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_adapter_on_weights_of_four_bits(dtype: torch.dtype, tmp_path: Any) -> None:
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
     make_model().save_pretrained(tmp_path / "model")
     four_bits = transformers.BitsAndBytesConfig(
@@ -103,7 +104,13 @@ def test_adapter_on_weights_of_four_bits(tmp_path: Any) -> None:
         assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
         return lora_setup() | {"model": model}
 
-    shadow(tmp_path, setup, noise=0.3)
+    def cast_adapters(trainer: Any) -> None:
+        adapters = [p for p in trainer.model.parameters() if p.requires_grad]
+        assert {p.dtype for p in adapters} == {torch.bfloat16}, "TRL keeps them in bf16"
+        for parameter in adapters:
+            parameter.data = parameter.data.to(dtype)
+
+    shadow(tmp_path, setup, noise=0.3, before_training=cast_adapters)
 
 
 # ---- how a step is run --------------------------------------------------------------------------
