@@ -11,7 +11,7 @@
 
 #include "core/numeric.h"
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -108,6 +108,46 @@ static inline void widened(Floats x, Doubles* low, Doubles* high) {
   *high = __builtin_convertvector(part[1], Doubles);
 #endif
 }
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+// Rounded once wherever there is an instruction for it, whatever else becomes of the product.
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline double multiply_add(double a, double b, double c) { return a * b + c; }
+
+// a where a > b, else b, also where one is NaN. GCC 12 makes three instructions of it where one is
+// a constant.
+static inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline double larger(double a, double b) { return a > b ? a : b; }
+
+#if defined(__AVX2__)
+// table[index modulo kWidth].
+static inline Words entry_of(Words table, Words index) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_permutexvar_epi32((__m512i)index, (__m512i)table);
+#else
+  return (Words)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)index);
+#endif
+}
+#endif
 
 // ---- memory -------------------------------------------------------------------------------------
 

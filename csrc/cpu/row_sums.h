@@ -38,15 +38,16 @@ static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
     for (int k = 0; k < 8; ++k) {
       Pack<C> z;
       load_pack(x + i + k * width, &z);
-      max = z > max ? z : max;
-      const Pack<C> d = z - m, t = exp_of(d);
-      rest += t;
+      max = larger(z, max);
+      const Pack<C> d = bounded_below(z - m, floor);  // exp(-inf) (-inf) counts for nothing
+      const Exp<Pack<C>> t = exp_bounded(d);
+      rest = t.added_to(rest);
       if constexpr (kMetrics) {
-        rest_z = d < floor ? rest_z : rest_z + t * d;  // exp(-inf) (-inf) counts for nothing
-        rest_sq += t * t;
+        rest_z += t.value() * d;
+        rest_sq += t.value() * t.value();
         sum_z += z;
       }
-      if constexpr (kStore) store_pack(t, e + i + k * width);
+      if constexpr (kStore) store_pack(t.value(), e + i + k * width);
     }
     s.rest.add(rest);
     if constexpr (kMetrics) {
@@ -58,11 +59,11 @@ static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
   for (; i < n; i += width) {
     const int64_t count = n - i < width ? n - i : width;
     const Pack<C> z = load_some<C>(x + i, count, -static_cast<C>(INFINITY));
-    const Pack<C> d = z - m, t = exp_of(d);
-    max = z > max ? z : max;
+    const Pack<C> d = bounded_below(z - m, floor), t = exp_bounded(d).value();
+    max = larger(z, max);
     s.rest.add(t);
     if constexpr (kMetrics) {
-      s.rest_z.add(d < floor ? Pack<C>{} : t * d);
+      s.rest_z.add(t * d);
       s.rest_sq.add(t * t);
       s.z.add(load_some<C>(x + i, count, C(0)));
     }
@@ -82,14 +83,14 @@ static C max_of(const X* x, int64_t n) {
     for (int k = 0; k < 4; ++k) {
       Pack<C> z;
       load_pack(x + i + k * width, &z);
-      max[k] = z > max[k] ? z : max[k];
+      max[k] = larger(z, max[k]);
     }
   }
   for (; i < n; i += width) {
     const Pack<C> z = load_some<C>(x + i, n - i < width ? n - i : width, -static_cast<C>(INFINITY));
-    max[0] = z > max[0] ? z : max[0];
+    max[0] = larger(z, max[0]);
   }
-  for (int k = 1; k < 4; ++k) max[0] = max[k] > max[0] ? max[k] : max[0];
+  for (int k = 1; k < 4; ++k) max[0] = larger(max[k], max[0]);
   return largest(max[0]);
 }
 
