@@ -34,6 +34,7 @@ static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
   Pack<C> max = splat(-static_cast<C>(INFINITY));
   int64_t i = 0;
   for (; i + 8 * width <= n; i += 8 * width) {
+    fetch_ahead(x + i, 8 * width * int64_t{sizeof(X)});
     Pack<C> rest{}, rest_z{}, rest_sq{}, sum_z{};
     for (int k = 0; k < 8; ++k) {
       Pack<C> z;
