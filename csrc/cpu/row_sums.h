@@ -15,7 +15,7 @@ namespace FUSEDPO_ISA {
 template <typename C>
 constexpr double kReach = sizeof(C) == 8 ? 0.0 : 2.0;
 // A row's first values show where its logits lie, should the guess lie far below.
-constexpr int64_t kSample = 256;
+constexpr int64_t kSample = 1024;
 
 // Sums over values other than the label's, in units of exp(-anchor).
 template <typename C>
@@ -23,34 +23,37 @@ struct Sums {
   Sum<C> rest, rest_z, rest_sq, z;
 };
 
-// Adds z[0..n) to the sums and returns the largest. Eight packs are summed in C before they are
-// widened: the roundings are of the size of a term's own error. With kStore writes exp(z - m) to e,
-// which may be z.
+// Adds z[0..n) to the sums and returns the largest. Eight packs, of the metrics' sums sixteen, are
+// summed in C before they are widened: the roundings are of the size of a term's own error. With
+// kStore writes exp(z - m) to e, which may be z.
 template <typename C, bool kMetrics, bool kStore, typename X>
 static C sweep(const X* x, int64_t n, C m, X* e, Sums<C>* sums) {
-  constexpr int64_t width = PackOf<C>::width;
+  constexpr int64_t width = PackOf<C>::width, packs = 8, block = packs * width;
   const C floor = exp_floor(C(0));
   Sums<C> s = *sums;
   Pack<C> max = splat(-static_cast<C>(INFINITY));
   int64_t i = 0;
-  for (; i + 8 * width <= n; i += 8 * width) {
-    fetch_ahead(x + i, 8 * width * int64_t{sizeof(X)});
-    Pack<C> rest{}, rest_z{}, rest_sq{}, sum_z{};
-    for (int k = 0; k < 8; ++k) {
-      Pack<C> z;
-      load_pack(x + i + k * width, &z);
-      max = larger(z, max);
-      const Pack<C> d = bounded_below(z - m, floor);  // exp(-inf) (-inf) counts for nothing
-      const Exp<Pack<C>> t = exp_bounded(d);
-      rest = t.added_to(rest);
-      if constexpr (kMetrics) {
-        rest_z += t.value() * d;
-        rest_sq += t.value() * t.value();
-        sum_z += z;
+  while (i + 2 * block <= n) {
+    Pack<C> rest_z{}, rest_sq{}, sum_z{};
+    for (const int64_t end = i + 2 * block; i < end; i += block) {
+      fetch_ahead(x + i, block * int64_t{sizeof(X)});
+      Pack<C> rest{};
+      for (int64_t k = 0; k < packs; ++k) {
+        Pack<C> z;
+        load_pack(x + i + k * width, &z);
+        max = larger(z, max);
+        const Pack<C> d = bounded_below(z - m, floor);  // exp(-inf) (-inf) counts for nothing
+        const Exp<Pack<C>> t = exp_bounded(d);
+        rest = t.added_to(rest);
+        if constexpr (kMetrics) {
+          rest_z += t.value() * d;
+          rest_sq += t.value() * t.value();
+          sum_z += z;
+        }
+        if constexpr (kStore) store_pack(t.value(), e + i + k * width);
       }
-      if constexpr (kStore) store_pack(t.value(), e + i + k * width);
+      s.rest.add(rest);
     }
-    s.rest.add(rest);
     if constexpr (kMetrics) {
       s.rest_z.add(rest_z);
       s.rest_sq.add(rest_sq);
