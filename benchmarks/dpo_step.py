@@ -108,12 +108,13 @@ def card(environment: dict[str, Any]) -> str | None:
 
 
 def earlier(output: pathlib.Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cases of a run that this one adds to; both must be of one machine and one commit."""
+    """The cases of a run that this one adds to; both must be of one machine. Each names its commit:
+    its contestants are compared with one another only."""
     if not output.exists():
         return []
     content = json.loads(output.read_text(encoding="utf-8"))
     before, now = (each | {"card": card(each)} for each in (content["environment"], environment))
-    for name in ("cpu", "card", "flags", "threads", "versions", "commit"):
+    for name in ("cpu", "card", "flags", "threads", "versions"):
         if before[name] != now[name]:
             raise SystemExit(f"{output} was measured with another {name}: give another --output")
     cases: list[dict[str, Any]] = content["cases"]
@@ -189,7 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = earlier(output, environment) if options.add else []
     for file, case in cases_of(options):
         print(f"{file}, {case.pairs} pairs, {case.train}, {case.dtype}, {case.layers} layers")
-        found = {"file": file, **measure(case, list(options.contestants))}
+        found = {"file": file, "commit": environment["commit"]}
+        found |= measure(case, list(options.contestants))
         results = [r for r in results if r["case"] != found["case"]] + [found]
         # After each case: a run that is stopped leaves what it has.
         common.write(output, {**content, "cases": results})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks import judge
@@ -179,15 +179,16 @@ def step_targets(targets: list[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def sources(path: pathlib.Path, environments: Mapping[str, Mapping[str, Any]]) -> str:
+def sources(path: pathlib.Path, commits: Mapping[str, Iterable[str | None]]) -> str:
     """As `source`, of results that may have been measured at different commits."""
     names: dict[str, list[str]] = {}
-    for name, env in environments.items():
-        names.setdefault((env["commit"] or "?")[:7], []).append(name)
+    for name, found in commits.items():
+        for commit in found:
+            names.setdefault((commit or "?")[:7], []).append(name)
     if len(names) == 1:
-        return source(path, next(iter(environments.values())))
-    commits = [f"{', '.join(found)} at commit `{commit}`" for commit, found in names.items()]
-    return f"From `{path.relative_to(ROOT)}`: {'; '.join(commits)}."
+        return f"From `{path.relative_to(ROOT)}`, commit `{next(iter(names))}`."
+    at = [f"{', '.join(found)} at commit `{commit}`" for commit, found in names.items()]
+    return f"From `{path.relative_to(ROOT)}`: {'; '.join(at)}."
 
 
 def targets_table(path: pathlib.Path) -> str:
@@ -224,6 +225,6 @@ def targets_table(path: pathlib.Path) -> str:
             *([*step_targets(of_steps), ""] if of_steps else []),
             *images,
             "",
-            sources(path, content["environments"]),
+            sources(path, content["commits"]),
         ]
     )

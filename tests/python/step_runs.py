@@ -88,5 +88,6 @@ def imaginary_cases(train: Any = ("lora", "full"), missing: Any = (), **changes:
             for run in runs.values():
                 dpo_step.compare(run, runs["trl"], each)
             kept = {name: run for name, run in runs.items() if name not in missing}
-            cases.append({"file": file, "case": each._asdict(), "runs": kept})
+            found = {"file": file, "commit": ENVIRONMENT["commit"], "case": each._asdict()}
+            cases.append(found | {"runs": kept})
     return {"environment": ENVIRONMENT, "cases": cases}

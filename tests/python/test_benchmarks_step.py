@@ -111,16 +111,16 @@ def test_contestant_whose_logs_differ_is_wrong_and_has_no_time(monkeypatch, caps
 # ---- cases of an earlier run --------------------------------------------------------------------
 
 
-def test_earlier_cases_are_of_one_machine_and_commit(tmp_path):
+def test_earlier_cases_are_of_one_machine(tmp_path):
     from benchmarks.dpo_step import earlier
 
     path = tmp_path / "dpo_step.json"
     assert earlier(path, ENVIRONMENT) == []
     path.write_text(json.dumps({"environment": ENVIRONMENT, "cases": [{"file": "a"}]}))
     later = ENVIRONMENT | {"date": "2026-01-02T00:00:00+00:00", "cpus": 1, "gpu": None}
+    later["commit"] = "fedcba"
     assert earlier(path, later) == [{"file": "a"}]
     for name, other in (
-        ("commit", "fedcba"),
         ("threads", 1),
         ("versions", {"torch": "2.14.0"}),
         ("gpu", {"name": "A card"}),
@@ -142,7 +142,8 @@ def test_added_cases_replace_their_own_and_leave_the_others(monkeypatch, tmp_pat
         return {"case": each._asdict() | names, "runs": {"trl": run_of(len(seen))}}
 
     monkeypatch.setattr(dpo_step, "measure", measure)
-    monkeypatch.setattr(dpo_step.common, "environment", lambda: dict(ENVIRONMENT))
+    environment = dict(ENVIRONMENT)
+    monkeypatch.setattr(dpo_step.common, "environment", lambda: dict(environment))
 
     def run(*arguments):
         options = ["--data", str(tmp_path), "--tokenizer", "t", "--output", str(path), "--batch"]
@@ -154,8 +155,11 @@ def test_added_cases_replace_their_own_and_leave_the_others(monkeypatch, tmp_pat
 
     assert run("--files", "a", "b", "--dtype", "fp32") == [("a", "fp32", 1), ("b", "fp32", 2)]
     assert seen == [0, 1]  # written after each case
+    environment["commit"] = "fedcba"
     added = run("--add", "--files", "a", "--dtype", "fp32", "amp")
     assert added == [("b", "fp32", 2), ("a", "fp32", 3), ("a", "amp", 4)]
+    commits = [each["commit"] for each in json.loads(path.read_text())["cases"]]
+    assert commits == [ENVIRONMENT["commit"], "fedcba", "fedcba"]
     assert run("--files", "b", "--dtype", "amp") == [("b", "amp", 5)]
     assert "rehearsal" not in json.loads(path.read_text())
     run("--rehearse", "--files", "b", "--dtype", "amp")

@@ -121,6 +121,12 @@ def test_step_table_shows_backbone_and_what_sharing_alone_brings(project):
     assert table[3][3:] == ["-", "3.3x, 0.50", "2.0x for 2.0x fewer tokens", "-"]
     assert {len(row) for row in table} == {7}
     assert lines[-1] == "From `machine/dpo_step.json`, commit `0123456`."
+    content["cases"][-1]["commit"] = "fedcba9876"
+    path.write_text(json.dumps(content))
+    assert readme.step_table(path).endswith(
+        "`machine/dpo_step.json`: llamafactory-dpo-en, pandalm-human at commit `0123456`; "
+        "pandalm-human at commit `fedcba9`."
+    )
 
 
 def test_step_table_tells_depths_apart(project):
@@ -149,13 +155,17 @@ def test_targets_of_steps_are_a_table_of_their_own_and_name_their_commit(project
     assert text.count("pandalm-human, 4 pairs, LoRA, fp32 |") == 1
     assert text.endswith("From `machine/targets.json`, commit `0123456`.")
 
-    content = json.loads((project / "targets.json").read_text())
-    other = ENVIRONMENT | {"commit": "fedcba9876", "date": "2026-03-01T00:00:00+00:00"}
-    content["environments"] = {"head": ENVIRONMENT, "logits": ENVIRONMENT, "dpo_step": other}
-    (project / "targets.json").write_text(json.dumps(content))
+    steps = imaginary_cases()
+    steps["cases"][0]["commit"] = "fedcba9876"
+    (project / "dpo_step.json").write_text(json.dumps(steps))
+    (project / "head.json").write_text(json.dumps({"environment": ENVIRONMENT, "cases": []}))
+    assert targets.main([str(project)]) == 0
     assert readme_cpu.targets_table(project / "targets.json").endswith(
-        "`machine/targets.json`: head, logits at commit `0123456`; dpo_step at commit `fedcba9`."
+        "`machine/targets.json`: head, dpo_step at commit `0123456`; dpo_step at commit `fedcba9`."
     )
+    content = json.loads((project / "targets.json").read_text())
+    content["environments"]["dpo_step"]["date"] = "2026-03-01T00:00:00+00:00"
+    (project / "targets.json").write_text(json.dumps(content))
     # The newest of its parts dates a file.
     older = content | {"environments": {"head": ENVIRONMENT | {"date": "2026-02-01"}}}
     (project.parent / "another").mkdir()
