@@ -158,6 +158,20 @@ def write(path: pathlib.Path, content: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
+def commits_of(
+    content: Mapping[str, Any], name: Callable[[Mapping[str, Any]], str]
+) -> dict[str, list[str | None]]:
+    """The commits that cases were measured at, by their names. A case without one of its own was
+    measured at the environment's."""
+    found: dict[str, list[str | None]] = {}
+    for case in content["cases"]:
+        commit = case.get("commit", content["environment"]["commit"])
+        commits = found.setdefault(name(case), [])
+        if commit not in commits:
+            commits.append(commit)
+    return found
+
+
 def excuse(result: Mapping[str, Any]) -> str:
     """Why a result has no time."""
     if "not_run" in result:

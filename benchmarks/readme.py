@@ -14,7 +14,7 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks import judge, readme_cpu
+from benchmarks import common, judge, readme_cpu
 from benchmarks.common import RESULTS, ROOT
 
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -42,11 +42,6 @@ def step_table(path: pathlib.Path) -> str:
         "",
     ]
     names = [name for name in dict.fromkeys(n for c in cases for n in c["runs"]) if name != "trl"]
-    commits: dict[str, list[str]] = {}
-    for case in cases:
-        found = commits.setdefault(case["file"], [])
-        if case["commit"] not in found:
-            found.append(case["commit"])
     body = []
     for case in cases:
         what, runs = case["case"], case["runs"]
@@ -68,7 +63,7 @@ def step_table(path: pathlib.Path) -> str:
             "how many times fewer tokens; both score the reference in every step, too. The last "
             "column is what shared prompts alone bring to a step.",
             "",
-            readme_cpu.sources(path, commits),
+            readme_cpu.sources(path, common.commits_of(content, lambda case: case["file"])),
         ]
     )
 

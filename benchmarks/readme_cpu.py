@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks import judge
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, commits_of
 from benchmarks.contest import timed
 from benchmarks.head import CENTRE
 from benchmarks.logits_cpu import CENTRE as LOGITS_CENTRE
@@ -68,8 +68,21 @@ def machine(env: Mapping[str, Any]) -> str:
     )
 
 
-def source(path: pathlib.Path, env: Mapping[str, Any]) -> str:
-    return f"From `{path.relative_to(ROOT)}`, commit `{(env['commit'] or '?')[:7]}`."
+def sources(path: pathlib.Path, commits: Mapping[str, Iterable[str | None]]) -> str:
+    """Where a table comes from; `commits` by the name of what was measured at them."""
+    names: dict[str, list[str]] = {}
+    for name, found in commits.items():
+        for commit in found:
+            names.setdefault((commit or "?")[:7], []).append(name)
+    if len(names) == 1:
+        return f"From `{path.relative_to(ROOT)}`, commit `{next(iter(names))}`."
+    at = [f"{', '.join(found)} at commit `{commit}`" for commit, found in names.items()]
+    return f"From `{path.relative_to(ROOT)}`: {'; '.join(at)}."
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    name: str = case["name"]
+    return name
 
 
 def rows(header: list[str], body: list[list[str]]) -> list[str]:
@@ -109,7 +122,8 @@ def head_table(path: pathlib.Path) -> str:
     ]
     if memory_path.exists():
         text += ["", *memory_table(load(memory_path))]
-    return "\n".join([*text, "", source(path, env)])
+    shown = {**content, "cases": found}
+    return "\n".join([*text, "", sources(path, commits_of(shown, name_of))])
 
 
 def memory_table(content: Mapping[str, Any]) -> list[str]:
@@ -142,7 +156,8 @@ def logits_table(path: pathlib.Path) -> str:
             for peer, label in peers.items()
         ]
         text += ["", *rows([title, *(case["dtype"] for case in found)], body)]
-    return "\n".join([*text, "", source(path, env)])
+    shown = {**content, "cases": [cases[c.name] for c in LOGITS_CENTRE if c.name in cases]}
+    return "\n".join([*text, "", sources(path, commits_of(shown, name_of))])
 
 
 def measured(row: Mapping[str, Any]) -> str:
@@ -177,18 +192,6 @@ def step_targets(targets: list[Mapping[str, Any]]) -> list[str]:
         "counts, as measured and with the time of 24 layers, and the other is in brackets. Memory: "
         "the peak of `shared+store` above the weights; in brackets that of the whole process.",
     ]
-
-
-def sources(path: pathlib.Path, commits: Mapping[str, Iterable[str | None]]) -> str:
-    """As `source`, of results that may have been measured at different commits."""
-    names: dict[str, list[str]] = {}
-    for name, found in commits.items():
-        for commit in found:
-            names.setdefault((commit or "?")[:7], []).append(name)
-    if len(names) == 1:
-        return f"From `{path.relative_to(ROOT)}`, commit `{next(iter(names))}`."
-    at = [f"{', '.join(found)} at commit `{commit}`" for commit, found in names.items()]
-    return f"From `{path.relative_to(ROOT)}`: {'; '.join(at)}."
 
 
 def targets_table(path: pathlib.Path) -> str:

@@ -10,18 +10,11 @@ import argparse
 import json
 import pathlib
 import sys
-from typing import Any
 
 from benchmarks import common, judge, targets_cpu, targets_gpu, targets_step
 
 GPU_FILES = ("head", "logits", "losses")
 CPU_FILES = ("head", "logits", "memory", "dpo_step")
-
-
-def commits(run: dict[str, Any]) -> list[str | None]:
-    """Those that its cases were measured at, each once."""
-    whole = run["environment"]["commit"]
-    return list(dict.fromkeys(case.get("commit", whole) for case in run.get("cases") or [{}]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     judge.show(found)
     environments = {name: run["environment"] for name, run in runs.items()}
     content = {"rehearsal": rehearsal, "targets": found, "environments": environments}
-    content["commits"] = {name: commits(run) for name, run in runs.items()}
+    commits = {name: common.commits_of(run, lambda _: "") for name, run in runs.items()}
+    content["commits"] = {
+        name: found.get("", [environments[name]["commit"]]) for name, found in commits.items()
+    }
     common.write(folder / "targets.json", content)
     return 0
 
