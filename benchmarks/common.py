@@ -162,14 +162,14 @@ def commits_of(
     content: Mapping[str, Any], name: Callable[[Mapping[str, Any]], str]
 ) -> dict[str, list[str | None]]:
     """The commits that cases were measured at, by their names. A case without one of its own was
-    measured at the environment's."""
+    measured at the environment's; so was what has no cases, whose name is empty."""
     found: dict[str, list[str | None]] = {}
-    for case in content["cases"]:
+    for case in content.get("cases", ()):
         commit = case.get("commit", content["environment"]["commit"])
         commits = found.setdefault(name(case), [])
         if commit not in commits:
             commits.append(commit)
-    return found
+    return found or {"": [content["environment"]["commit"]]}
 
 
 def excuse(result: Mapping[str, Any]) -> str:

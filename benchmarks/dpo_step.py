@@ -117,8 +117,7 @@ def earlier(output: pathlib.Path, environment: dict[str, Any]) -> list[dict[str,
     for name in ("cpu", "card", "flags", "threads", "versions"):
         if before[name] != now[name]:
             raise SystemExit(f"{output} was measured with another {name}: give another --output")
-    cases: list[dict[str, Any]] = content["cases"]
-    return cases
+    return [{"commit": before["commit"]} | case for case in content["cases"]]
 
 
 def line(run: dict[str, Any]) -> str:

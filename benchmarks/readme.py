@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import common, judge, readme_cpu
@@ -45,9 +46,7 @@ def step_table(path: pathlib.Path) -> str:
     body = []
     for case in cases:
         what, runs = case["case"], case["runs"]
-        title = f"{case['file']}, {what['pairs']}, {what['train']}, {DTYPES[what['dtype']]}"
-        if len(layers) > 1:
-            title += f", {what['layers']} layers"
+        title = _title(case) + (f", {what['layers']} layers" if len(layers) > 1 else "")
         cells = [_step_cell(runs.get(name, {})) for name in names]
         cells += [_backbone_cell(runs.get("shared", {})), _shared_cell(runs)]
         body.append([title, f"{runs['trl']['step']['median_s']:.1f}", *cells])
@@ -63,9 +62,14 @@ def step_table(path: pathlib.Path) -> str:
             "how many times fewer tokens; both score the reference in every step, too. The last "
             "column is what shared prompts alone bring to a step.",
             "",
-            readme_cpu.sources(path, common.commits_of(content, lambda case: case["file"])),
+            readme_cpu.sources(path, common.commits_of(content, _title)),
         ]
     )
+
+
+def _title(case: Mapping[str, Any]) -> str:
+    what = case["case"]
+    return f"{case['file']}, {what['pairs']}, {what['train']}, {DTYPES[what['dtype']]}"
 
 
 def _step_cell(run: dict[str, Any]) -> str:

@@ -76,8 +76,8 @@ def sources(path: pathlib.Path, commits: Mapping[str, Iterable[str | None]]) -> 
             names.setdefault((commit or "?")[:7], []).append(name)
     if len(names) == 1:
         return f"From `{path.relative_to(ROOT)}`, commit `{next(iter(names))}`."
-    at = [f"{', '.join(found)} at commit `{commit}`" for commit, found in names.items()]
-    return f"From `{path.relative_to(ROOT)}`: {'; '.join(at)}."
+    at = (f"At commit `{commit}`: {'; '.join(found)}." for commit, found in names.items())
+    return " ".join([f"From `{path.relative_to(ROOT)}`.", *at])
 
 
 def name_of(case: Mapping[str, Any]) -> str:

@@ -37,10 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     judge.show(found)
     environments = {name: run["environment"] for name, run in runs.items()}
     content = {"rehearsal": rehearsal, "targets": found, "environments": environments}
-    commits = {name: common.commits_of(run, lambda _: "") for name, run in runs.items()}
-    content["commits"] = {
-        name: found.get("", [environments[name]["commit"]]) for name, found in commits.items()
-    }
+    content["commits"] = {n: common.commits_of(run, lambda _: "")[""] for n, run in runs.items()}
     common.write(folder / "targets.json", content)
     return 0
 

@@ -1,7 +1,7 @@
 // The vectors the kernels are written in: one native vector of floats, or one double where the
 // arithmetic is fp64. Included by row_kernels_isa.cpp only, once per instruction set; everything
 // has internal linkage. GCC's and Clang's vector extension, so one source serves every processor;
-// the few intrinsics below are conversions that it cannot express.
+// the few intrinsics below are what it cannot express, or what GCC 12 does not find.
 //
 // Explicit vectors and not loops for the compiler to vectorise: the order of every sum is in the
 // source, so it is the same whatever else a loop computes.
@@ -111,7 +111,8 @@ static inline void widened(Floats x, Doubles* low, Doubles* high) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 
-// Rounded once wherever there is an instruction for it, whatever else becomes of the product.
+// Rounded once with AVX2, whatever else becomes of the product. Elsewhere that is the compiler's
+// choice; there the product is an exponential's, with a power of two, and exact.
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -17,8 +17,8 @@
 // largest of the first values. It moves up to the largest logit so far when that lies more than 2
 // nats above; what was summed before is rescaled. settle() (row_stats.h) brings the finished sums
 // to the row's maximum in fp64. Terms are formed in the compute type, summed eight by eight in it
-// and then in fp64, in the same order whatever is asked for: asking for a metric or a gradient
-// changes no bit of logp.
+// (the metrics' sixteen by sixteen) and then in fp64, in the same order whatever is asked for:
+// asking for a metric or a gradient changes no bit of logp.
 #pragma once
 
 #include <stdint.h>

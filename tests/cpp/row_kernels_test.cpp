@@ -265,7 +265,13 @@ TEST_P(RowKernelsTest, NanAndInfinityReachTheResult) {
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     auto x = random_row<float>(300, 1.0, 7);
     x[200] = bad;
-    for (int64_t label : {5, 200}) EXPECT_TRUE(std::isnan(score(x, label, 64).logp));
+    for (int64_t width : {64, 300}) {  // narrower and wider than what is summed in one go
+      for (int64_t label : {5, 200}) {
+        const RowResult row = score(x, label, width);
+        EXPECT_TRUE(std::isnan(row.logp)) << width;
+        EXPECT_TRUE(std::isnan(row.entropy)) << width;
+      }
+    }
   }
 }
 

@@ -119,7 +119,10 @@ def test_earlier_cases_are_of_one_machine(tmp_path):
     path.write_text(json.dumps({"environment": ENVIRONMENT, "cases": [{"file": "a"}]}))
     later = ENVIRONMENT | {"date": "2026-01-02T00:00:00+00:00", "cpus": 1, "gpu": None}
     later["commit"] = "fedcba"
-    assert earlier(path, later) == [{"file": "a"}]
+    assert earlier(path, later) == [{"file": "a", "commit": ENVIRONMENT["commit"]}]
+    cases = [{"file": "a", "commit": "abc"}]
+    path.write_text(json.dumps({"environment": ENVIRONMENT, "cases": cases}))
+    assert earlier(path, later) == cases
     for name, other in (
         ("threads", 1),
         ("versions", {"torch": "2.14.0"}),

@@ -124,8 +124,9 @@ def test_step_table_shows_backbone_and_what_sharing_alone_brings(project):
     content["cases"][-1]["commit"] = "fedcba9876"
     path.write_text(json.dumps(content))
     assert readme.step_table(path).endswith(
-        "`machine/dpo_step.json`: llamafactory-dpo-en, pandalm-human at commit `0123456`; "
-        "pandalm-human at commit `fedcba9`."
+        "`machine/dpo_step.json`. At commit `0123456`: llamafactory-dpo-en, 4, lora, fp32; "
+        "llamafactory-dpo-en, 4, full, fp32; pandalm-human, 4, lora, fp32. "
+        "At commit `fedcba9`: pandalm-human, 4, full, fp32."
     )
 
 
@@ -161,7 +162,7 @@ def test_targets_of_steps_are_a_table_of_their_own_and_name_their_commit(project
     (project / "head.json").write_text(json.dumps({"environment": ENVIRONMENT, "cases": []}))
     assert targets.main([str(project)]) == 0
     assert readme_cpu.targets_table(project / "targets.json").endswith(
-        "`machine/targets.json`: head, dpo_step at commit `0123456`; dpo_step at commit `fedcba9`."
+        "`machine/targets.json`. At commit `0123456`: head; dpo_step. At commit `fedcba9`: dpo_step."
     )
     content = json.loads((project / "targets.json").read_text())
     content["environments"]["dpo_step"]["date"] = "2026-03-01T00:00:00+00:00"
