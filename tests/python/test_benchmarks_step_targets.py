@@ -162,7 +162,8 @@ def test_targets_of_steps_are_a_table_of_their_own_and_name_their_commit(project
     (project / "head.json").write_text(json.dumps({"environment": ENVIRONMENT, "cases": []}))
     assert targets.main([str(project)]) == 0
     assert readme_cpu.targets_table(project / "targets.json").endswith(
-        "`machine/targets.json`. At commit `0123456`: head; dpo_step. At commit `fedcba9`: dpo_step."
+        "`machine/targets.json`. At commit `0123456`: head; dpo_step. "
+        "At commit `fedcba9`: dpo_step."
     )
     content = json.loads((project / "targets.json").read_text())
     content["environments"]["dpo_step"]["date"] = "2026-03-01T00:00:00+00:00"
