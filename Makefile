@@ -9,8 +9,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 TEST_ARGS ?=
-# Each with the newest transformers, datasets, accelerate and peft: they work with all of these.
+# Each with the newest transformers, datasets, accelerate and peft, which work with all of these; the
+# first with old ones, the oldest that it or fusedpo takes.
 TRL_VERSIONS ?= 1.9.2 1.13.0 1.14.2 1.15.0 1.16.0
+WITH_TRL_1.9.2 := transformers==4.56.2 datasets==4.7.0 accelerate==1.10.1 peft==0.17.1
 FUZZ_SECONDS ?= 20
 
 PY := $(VENV)/bin/python
@@ -141,6 +143,6 @@ $(VENV)/trl/%/pyvenv.cfg:
 
 $(VENV)/trl/%/stamp: $(STAMPS)/wheel | $(VENV)/trl/%/pyvenv.cfg
 	$(TRL_PIP) install "$(TORCH)"
-	$(TRL_PIP) install "$$(echo $(VENV)/wheel/*.whl)[test]" trl==$*
+	$(TRL_PIP) install "$$(echo $(VENV)/wheel/*.whl)[test]" trl==$* $(WITH_TRL_$*)
 	$(TRL_PIP) install --force-reinstall --no-deps $(VENV)/wheel/*.whl
 	@touch $@

@@ -100,8 +100,7 @@ def add_fused_head(model: Any, *, outputs: Sequence[str] = ()) -> None:
         if packed is not None:
             # PeftModelForCausalLM passes on every argument of a forward, None where none was given.
             kwargs = {name: value for name, value in kwargs.items() if value is not None}
-            layers = text_config.num_hidden_layers
-            states, hidden = packed_states(backbone, packed, layers, **kwargs)
+            states, hidden = packed_states(backbone, packed, text_config, **kwargs)
             targets = packed.labels
         else:
             states = backbone(*args, **kwargs)
@@ -226,9 +225,11 @@ def _zero3_gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _backbone(model: Any, text_config: Any) -> Any:
-    # Before transformers 5 a vision-language model keeps its language backbone in `model`.
+    # Before transformers 5 a vision-language model keeps its language backbone in `model`, and so
+    # does Gemma-3's text model, whose `base_model` is itself.
     old_vision_model = text_config is not model.config and Version("5.0.0") > _TRANSFORMERS
-    return model.model if old_vision_model else model.base_model
+    base = model.base_model
+    return model.model if old_vision_model or base is model else base
 
 
 def _load_balancing_loss(

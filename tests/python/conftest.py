@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import unittest.mock
+from collections.abc import Iterator
 
 import cuda_host_ops
 import fusedpo
@@ -20,6 +22,14 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  what TRL and transformers draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Before transformers 5 a trainer in bf16 leaves that to all that follow in its process."""
+    with unittest.mock.patch.dict(os.environ):
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+        yield
 
 
 def _why_skip(item: pytest.Item) -> str | None:

@@ -102,12 +102,13 @@ def shadow(
     setup: Callable[[], dict[str, Any]] = dict,
     *,
     noise: float = 0.1,
+    shares_prompts: bool = True,
     before_training: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> tuple[Any, Run]:
     """Train with both trainers as `setup()` says (the arguments of `make_trainer`), for two steps.
 
-    `before_training` gets each trainer.
+    `shares_prompts` is what ours must have done to the end; `before_training` gets each trainer.
 
     Raises:
         AssertionError: names the worst difference, or says why the comparison would be empty.
@@ -127,6 +128,7 @@ def shadow(
         trainer.train()
         trainers.append(trainer)
         runs.append(recorder.run)
+    assert trainers[1]._shared_prompts.active is shares_prompts
     _assert_telling(trainers[0], runs[0])
     assert_equal_runs(runs[1], runs[0], trainers[0].beta)
     return trainers[1], runs[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from packing_helpers import (
 )
 from trl_helpers import one_thread  # noqa: F401  a fixture
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 
 def make_llama(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -64,6 +64,7 @@ def test_a_row_without_a_token_is_refused() -> None:
 
 def test_sgd_steps_stay_together(llama: Any) -> None:
     models = copy.deepcopy(llama), copy.deepcopy(llama)
+    before = summed(packed_logps(llama, make_groups()))
     for step in range(3):
         gradients = []
         for model, logps in zip(models, (packed_logps, padded_logps), strict=True):
@@ -72,6 +73,10 @@ def test_sgd_steps_stay_together(llama: Any) -> None:
                 for parameter in model.parameters():
                     parameter -= 1e-3 * parameter.grad
         assert_equal_gradients(*gradients)
+    after = [summed(packed_logps(model, make_groups())) for model in models]
+    moved = (after[1] - before).norm()
+    assert moved > 0.1 * before.norm()
+    assert (after[0] - after[1]).norm() <= 1e-5 * moved
 
 
 def test_bf16_is_as_close_to_fp64_as_padded_rows_are() -> None:
@@ -167,24 +172,20 @@ def test_gradient_checkpointing_recomputes_with_the_same_layout(reentrant: bool)
 
 
 def test_threads_do_not_take_each_others_layout(llama: Any) -> None:
-    batches = [make_groups(), make_groups([(3, (20, 11)), (8, (2, 30))], seed=1)]
+    # Of equally many tokens, so that a layout taken from the other fits.
+    batches = [make_groups(), make_groups([(3, (20, 12)), (8, (4, 30))], seed=1)]
+    assert len({pack(groups).input_ids.shape for groups in batches}) == 1
     with torch.no_grad():
         want = [packed_logps(llama, groups) for groups in batches]
-    wrong: list[int] = []
 
     def work(i: int) -> None:
         with torch.no_grad():
             for _ in range(10):
                 got = packed_logps(llama, batches[i])
-                if not all(torch.equal(a, b) for a, b in zip(got, want[i], strict=True)):
-                    wrong.append(i)
+                assert all(torch.equal(a, b) for a, b in zip(got, want[i], strict=True))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(work, range(2)))  # raises what a thread has raised
 
 
 def test_compiled_model_gives_the_same_without_compiling_for_each_layout() -> None:

@@ -28,7 +28,7 @@ from packing_helpers import (
 from test_packing_architectures import CASES, make
 from trl_helpers import one_thread  # noqa: F401  a fixture
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 EPS = torch.finfo(torch.float32).eps
 # Grouped-query attention in all. Mistral has a window of 5 tokens; the last two have it in one of

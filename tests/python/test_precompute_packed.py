@@ -100,7 +100,7 @@ def test_both_layouts_fill_a_store_with_the_same_values(kind: str, tmp_path: pat
     packed = precompute(model, data, paths[0], share_prompts=True, **SMALL)
     padded = precompute(model, data, paths[1], share_prompts=False, **SMALL)
     assert packed.tokens == padded.tokens
-    assert padded.computed == padded.padded >= padded.tokens
+    assert packed.padded == padded.padded == padded.computed >= padded.tokens
     assert packed.computed < 0.8 * packed.padded
     assert packed.computed < packed.tokens  # prompts count once
     got, want = contents(paths[0]), contents(paths[1])

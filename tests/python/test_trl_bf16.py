@@ -45,6 +45,7 @@ def distances(request: Any, tmp_path_factory: Any) -> dict[str, dict[str, float]
             with_ref_model=False,
             keywords={"ref_model": make_model().to(dtype)},
         )
+        assert name == "trl" or trainer._shared_prompts.active
         trainer.model = trainer.accelerator.prepare_model(trainer.model)
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
         squares[name] = {}

@@ -11,6 +11,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
 from fusedpo.trl import FusedDPOTrainer
 from trl_curves import CURVES, Curve, curve
 from trl_helpers import (
+    BEFORE_5,
     assert_equal_logs,
     one_thread,  # noqa: F401  a fixture
 )
@@ -42,13 +44,17 @@ ACCELERATE = [
     *("--multi_gpu", "--num_processes=2", "--num_machines=1"),  # on gloo where there is no GPU
     *("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
 ]
-CHECKS = ("ddp_logs", "store", "ddp", "resume", "fsdp2", "tensor_parallel")
+CHECKS = ["ddp_logs", "store", "ddp", "fsdp2"]
+# Transformers before 5 cannot load an optimizer's state to "cpu:0", as a CPU is called on a rank;
+# it splits no head, and leaves each rank the gradients of norms for its own attention heads.
+if not BEFORE_5:
+    CHECKS += ["resume", "tensor_parallel"]
 
 
 class Ranks:
     """The results of checks on two ranks, each looked at by tests of its own."""
 
-    def __init__(self, launcher: list[str], folder: pathlib.Path, checks: tuple[str, ...]) -> None:
+    def __init__(self, launcher: list[str], folder: pathlib.Path, checks: Sequence[str]) -> None:
         self.folder = folder
         script = pathlib.Path(__file__).with_name("trl_two_ranks.py")
         for check in checks:
@@ -130,6 +136,7 @@ def test_ddp_with_a_store_equals_ddp_with_a_reference(ranks: Ranks) -> None:
     assert logs["records"] <= sum(logs["records in logs"]) <= logs["records"] + 4
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers before 5 resumes no CPU training on ranks")
 def test_resumed_training_goes_on_as_if_it_had_not_stopped(ranks: Ranks) -> None:
     logs = ranks["resume"]
     assert len(logs["straight"]) == 5  # four steps and a summary
@@ -142,5 +149,6 @@ def test_fsdp2_trains_as_one_process_however_the_head_is_sharded(ranks: Ranks) -
     assert sorted(ranks["fsdp2"]) == sorted(SHARDINGS)
 
 
+@pytest.mark.skipif(BEFORE_5, reason="transformers before 5 splits no head")
 def test_head_that_is_split_over_ranks_gives_the_whole_gradients(ranks: Ranks) -> None:
     assert ranks["tensor_parallel"] == ["qwen3", "qwen3 tied"]

@@ -22,6 +22,7 @@ from trl.trainer.utils import use_adapter
 from trl_helpers import (
     VOCABULARY,
     make_model,
+    need_tied_adapters,
     one_thread,  # noqa: F401  a fixture
     shard_as_zero3,
 )
@@ -30,6 +31,8 @@ pytestmark = [pytest.mark.trl, pytest.mark.usefixtures("one_thread")]
 
 
 def lora(*targets: str, **options: Any) -> peft.LoraConfig:
+    if "ensure_weight_tying" in options:
+        need_tied_adapters()
     return peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["q_proj", *targets] if targets else None, **options
     )

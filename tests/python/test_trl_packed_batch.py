@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +16,10 @@ import fusedpo.trl.packed_batch as packed_batch_module
 import fusedpo.trl.shared_prompt as shared_prompt_module
 from accelerate.utils import send_to_device
 from datasets import IterableDataset
+from fusedpo._head import FusedHeadOutput
 from fusedpo.trl import FusedDPOTrainer
-from fusedpo.trl.packed_batch import KEY, CollatedBatch, PackingCollator, packed_row
-from test_trl_shared_prompt import batch_of, build, tokens
+from fusedpo.trl.packed_batch import KEY, CollatedBatch, PackingCollator, pack_batch, packed_row
+from test_trl_shared_prompt import batch_of, build, left_padded, tokens
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import BatchEncoding
@@ -138,6 +140,38 @@ def test_loader_that_is_wrapped_is_heeded(tmp_path: Any) -> None:
         return train(Changing, tmp_path, keywords=keywords, eval_rows=make_pairs(6), **options)
 
     assert_both_layouts_agree(run)
+
+
+@pytest.mark.parametrize("on_the_left", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_scored_goes_back_to_the_place_of_its_token(seed: int, on_the_left: bool) -> None:
+    numbers = np.random.default_rng(seed)
+
+    def ids(most: int) -> list[int]:
+        tokens: list[int] = numbers.integers(5, 90, numbers.integers(0, most + 1)).tolist()
+        return tokens
+
+    pairs = [(ids(6), ids(4), ids(4)) for _ in range(numbers.integers(1, 5))]
+    pairs.append(([7], [8], [9, 10]))  # one at least has a token
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    multiple = 8 if seed % 2 else None
+    collator = DataCollatorForPreference(pad_token_id=0, pad_to_multiple_of=multiple)
+    batch = collator([dict(zip(names, each, strict=True)) for each in pairs])
+    if on_the_left:
+        batch = left_padded(batch)
+    # The token itself is the result.
+    want = torch.where(batch["completion_mask"] == 1, batch["input_ids"], 0)
+    for row, attention in enumerate(batch["attention_mask"]):
+        first = int(attention.argmax())  # of an empty row 0, where nothing is scored anyway
+        if batch["completion_mask"][row, first]:
+            want[row, first] = 0  # without a prompt nothing scores it
+
+    row = pack_batch(batch)
+    values = row.packed.labels.flatten().double()
+    assert len(values) == len(row.places) == len(row.packed.rows)
+    got = row.padded(FusedHeadOutput(log_probs=values)).log_probs
+    assert got is not None
+    assert torch.equal(got, want[:, 1:].double())
 
 
 # How often, and where, it is laid out -------------------------------------------------------------

@@ -268,8 +268,15 @@ def test_padding_on_the_left_keeps_the_positions_it_gives(family: str, tmp_path:
     ("change", "words"),
     [
         (lambda batch: {"token_type_ids": torch.zeros_like(batch["input_ids"])}, "token_type_ids"),
-        (lambda batch: {"completion_mask": 1 - batch["completion_mask"]}, "without gaps"),
-        (lambda batch: {"attention_mask": 0 * batch["attention_mask"]}, "no token"),
+        (
+            lambda batch: {"completion_mask": batch["attention_mask"] - batch["completion_mask"]},
+            "without gaps",
+        ),
+        (lambda batch: {"completion_mask": 1 + 0 * batch["completion_mask"]}, "score that padding"),
+        (
+            lambda batch: {n: 0 * batch[n] for n in ("attention_mask", "completion_mask")},
+            "no token",
+        ),
     ],
 )
 def test_batches_of_another_form_are_not_packed(

@@ -24,6 +24,7 @@ from precompute_helpers import contents, exact, write_inputs
 from transformers import AutoModelForCausalLM, set_seed
 from trl import DPOConfig
 from trl_helpers import (
+    BEFORE_5,
     assert_equal_logs,
     conversational,
     logged,
@@ -169,7 +170,8 @@ def test_values_and_rewards_of_step_0_keep_to_the_bound(tmp_path: pathlib.Path) 
     limit = trainer.beta * BOUND * EPS * largest
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert abs(first[name]) <= (2 if name == "rewards/margins" else 1) * limit
-    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    # Transformers before 5 rounds the loss.
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4 if BEFORE_5 else 1e-5)
 
 
 @pytest.mark.parametrize("adapter", [False, True])

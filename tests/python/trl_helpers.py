@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig
@@ -19,6 +21,7 @@ from trl_plain_head import install
 
 install()
 
+BEFORE_5 = Version(transformers.__version__).major < 5
 VOCABULARY = 1024
 _USED = 32  # as many ids as make_tokenizer has words
 _SIZES = {
@@ -43,6 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tied": ("Qwen3", {"head_dim": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 8}),
     "gemma2 softcap": ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
+    "gemma3": ("Gemma3Text", {"sliding_window": 8, "head_dim": 8}),
     "cohere logit_scale": ("Cohere", {"logit_scale": 0.25}),
     "granite logits_scaling": ("Granite", {"logits_scaling": 4.0}),
     "gpt2": ("GPT2", {}),
@@ -245,7 +249,7 @@ def make_config(folder: Any, **options: Any) -> DPOConfig:
 
 
 def make_trainer(
-    trainer_class: Callable[..., Any],
+    trainer_class: Any,
     folder: Any,
     *,
     family: str = "llama",
@@ -263,6 +267,12 @@ def make_trainer(
         keywords["ref_model"] = make_model(family)
     keywords.setdefault("processing_class", make_tokenizer())
     model = make_model(family) if model is None else model
+    sequential = options.get("train_sampling_strategy") == "sequential"
+    if sequential and BEFORE_5:  # which has no such option
+        del options["train_sampling_strategy"]
+        trainer_class = type(
+            trainer_class.__name__, (trainer_class,), {"_get_train_sampler": _in_order}
+        )
     # TRL before 1.15 does not, and makes another adapter each time.
     transformers.set_seed(0)
     return trainer_class(
@@ -272,6 +282,15 @@ def make_trainer(
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         **keywords,
     )
+
+
+def _in_order(trainer: Any, *_: Any) -> Any:
+    return torch.utils.data.SequentialSampler(trainer.train_dataset)
+
+
+def need_tied_adapters() -> None:
+    if "ensure_weight_tying" not in inspect.signature(peft.LoraConfig).parameters:
+        pytest.skip(f"PEFT {peft.__version__} does not tie adapters")
 
 
 def train(trainer_class: Callable[..., Any], folder: Any, **arguments: Any) -> Any:

@@ -17,7 +17,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from fusedpo import RefStore
 from fusedpo._head import add_fused_head
+from fusedpo._packing.attention import use_packed_attention
+from fusedpo._packing.layout import pack
 from fusedpo.trl import FusedDPOTrainer
+from packing_helpers import make_groups
 from ranks import leave
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -205,7 +208,10 @@ def tensor_parallel(folder: pathlib.Path) -> Any:
         for model in models:
             add_fused_head(model)
             ids = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-            output = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+            padded = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+            use_packed_attention(model)
+            packed = model(packed=pack(make_groups()), fused_lm_head=True).log_probs
+            output = torch.cat([padded.flatten(), packed])
             output.sum().backward()
             outputs.append(output)
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)

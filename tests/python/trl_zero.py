@@ -40,6 +40,7 @@ def _zero(folder: pathlib.Path, optimization: dict[str, Any]) -> Any:
         trainer = curve_trainer(
             FusedDPOTrainer, folder, name, pairs_per_rank=2, deepspeed=copy.deepcopy(config)
         )
+        assert trainer._shared_prompts.active
         first = _FirstGradientsOfEngine(trainer)
         trainer.train()
         parameters = trained(trainer.model)

@@ -9,6 +9,7 @@ rows.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -103,7 +104,21 @@ def why_not_exact(model: Any) -> str | None:
     attention = former_implementation(config._attn_implementation)
     if attention not in NAMES:
         return f"attn_implementation is {attention}, not {' or '.join(NAMES)}"
-    return _unusual_option(config)
+    return _replaced_attention(base) or _unusual_option(config)
+
+
+def _replaced_attention(model: Any) -> str | None:
+    """What runs in the place of transformers' own attention layers, which libraries replace for
+    speed."""
+    for module in model.modules():
+        name = type(module).__name__
+        if not name.endswith("Attention"):
+            continue
+        # accelerate keeps what it puts its hooks around.
+        forward = inspect.unwrap(getattr(module, "_old_forward", module.forward))
+        if not forward.__module__.startswith("transformers."):
+            return f"the forward of {name} is that of {forward.__module__}, not transformers' own"
+    return None
 
 
 def _unusual_option(config: Any) -> str | None:

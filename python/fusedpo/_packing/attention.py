@@ -93,6 +93,7 @@ def attend_in_segments(
             f"packed rows need attention without dropout; {type(module).__name__} has {dropout}."
         )
     table.calls += 1
+    table.windowed += sliding_window is not None
     forms_scores = softcap is not None or s_aux is not None
     attend = _scores if forms_scores else _fused
     problems = table.problems(query, key, value)
@@ -120,9 +121,9 @@ def _fused(
     queries, keys = q.shape[2], k.shape[2]
     plain = queries == keys and (window is None or keys <= window)
     shared = q.shape[1] // k.shape[1]  # query heads per key head
-    if shared > 1 and q.device.type == "cuda" and not (plain and varlen.flash_takes(q, v)):
+    if shared > 1 and q.device.type != "cpu" and not (plain and varlen.flash_takes(q, v)):
         # Of CUDA's fused kernels only flash attention takes fewer key heads, and it takes no mask:
-        # all scores would be formed.
+        # all scores would be formed. Other devices' need not take fewer at all.
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     return F.scaled_dot_product_attention(
         q,

@@ -14,14 +14,14 @@ from .table import SegmentTable
 
 
 def packed_states(
-    backbone: Any, packed: Packed, layers: int, **keywords: Any
+    backbone: Any, packed: Packed, config: Any, **keywords: Any
 ) -> tuple[Any, Tensor]:
-    """Run a backbone of so many layers on a packed row; return its output, and the hidden states
-    [S, H] that score the S tokens.
+    """Run a backbone on a packed row; return its output, and the hidden states [S, H] that score
+    the S tokens. `config` is the model's, which tells its layers.
 
     Raises:
         RuntimeError: a layer did not hand the layout to its attention, so that completions have
-            seen each other.
+            seen each other; or kept its sliding window to a mask, which packed rows do not have.
     """
     table = segment_table(packed)
     ids = packed.input_ids
@@ -31,7 +31,7 @@ def packed_states(
         **packed_arguments(table, ids.device),
         **keywords,
     )
-    _check_received(table, backbone, layers)
+    _check_received(table, backbone, config)
     hidden = states.last_hidden_state
     # A prompt's last state is taken once for each completion. Backward adds what comes back for it;
     # of two addends the order does not matter.
@@ -45,13 +45,27 @@ def segment_table(packed: Packed) -> SegmentTable:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _check_received(table: SegmentTable, backbone: Any, layers: int) -> None:
+def _check_received(table: SegmentTable, backbone: Any, config: Any) -> None:
+    layers, windows = config.num_hidden_layers, _windowed_layers(config)
     if table.calls < layers:
-        raise RuntimeError(
-            f"{table.calls} of {layers} layers of {type(backbone).__name__} received the layout of "
-            "a packed row. Pass share_prompts=False, and report the model and the version of "
-            "transformers."
-        )
+        problem = f"{table.calls} of {layers} layers received the layout of a packed row"
+    elif table.windowed != windows:
+        problem = f"{table.windowed} of {windows} layers with a sliding window told it"
+    else:
+        return
+    raise RuntimeError(
+        f"{type(backbone).__name__}: {problem}. Pass share_prompts=False, and report the model and "
+        "the version of transformers."
+    )
+
+
+def _windowed_layers(config: Any) -> int:
+    """How many layers have a sliding window: those that layer_types names, or, without it, all."""
+    if getattr(config, "sliding_window", None) is None:
+        return 0
+    kinds = getattr(config, "layer_types", None)
+    layers = config.num_hidden_layers if kinds is None else kinds.count("sliding_attention")
+    return int(layers)
 
 
 def repeated(router_logits: Sequence[Tensor], packed: Packed) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ class SegmentTable:
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = segments
         self.calls = 0  # layers that have read the table
+        self.windowed = 0  # of them, those that told it a window
         self.at_once = 0  # of them, those that made one variable-length call
         self.may_be_at_once = _choice() == "varlen"
         self.pieces = [

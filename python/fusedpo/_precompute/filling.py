@@ -50,7 +50,7 @@ class PrecomputeReport:
     scored: int  # by this process
     tokens: int  # prompt and completion tokens that this process scored
     computed: int  # tokens that the model computed for them
-    padded: int  # tokens that it would have computed for the same batches, padded
+    padded: int  # tokens that it would have computed in the batches of share_prompts=False
     seconds: float  # of scoring, without loading and tokenising
     rank: int
     world_size: int
@@ -145,9 +145,22 @@ def fill(
     progress = progress or Progress()
     missing = store.missing(index.keys, tokens=per_token)
     packed = takes_packed_rows(scorer.model)
-    plan = plan_batches(index, max_tokens, packed=packed)
-    share = [batch for batch in plan if batch.slot % world_size == rank]
-    todo = [batch for batch in share if missing[batch.members].any()]
+
+    def own(*, packed: bool) -> list[Batch]:
+        plan = plan_batches(index, max_tokens, packed=packed)
+        return [batch for batch in plan if batch.slot % world_size == rank]
+
+    def incomplete(batches: Sequence[Batch]) -> list[Batch]:
+        return [batch for batch in batches if missing[batch.members].any()]
+
+    share = own(packed=packed)
+    todo = incomplete(share)
+    computed = sum(tokens_of(index, batch.members, packed=packed) for batch in todo)
+    # Padded batches of one budget are others: of records that are nearer in length.
+    padded = computed
+    if packed:
+        rows = incomplete(own(packed=False))
+        padded = sum(tokens_of(index, batch.members, packed=False) for batch in rows)
     tokens = [int(index.length[batch.members].sum()) for batch in todo]
     scored, start = 0, time.monotonic()
     progress.start(int((~missing).sum()), len(index), sum(tokens))
@@ -179,8 +192,8 @@ def fill(
         found=int((~missing).sum()),
         scored=scored,
         tokens=sum(tokens),
-        computed=sum(tokens_of(index, batch.members, packed=packed) for batch in todo),
-        padded=sum(tokens_of(index, batch.members, packed=False) for batch in todo),
+        computed=computed,
+        padded=padded,
         seconds=seconds,
         rank=rank,
         world_size=world_size,

@@ -177,6 +177,15 @@ def _tensors_in_force(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor],
     return base, adapter, _kinds(modules, names)
 
 
+def _is_disabled(prompt_learning: Any) -> bool:
+    """Whether a PeftModel with prompt learning is within `disable_adapter()`."""
+    disabled: bool | None = getattr(prompt_learning, "_adapters_disabled", None)
+    if disabled is not None:
+        return disabled
+    # PEFT 0.17 and older have no flag: there the base model's forward takes the place of its own.
+    return bool(prompt_learning.forward == prompt_learning.base_model.forward)
+
+
 def _place(key: str, modules: Mapping[str, Any]) -> _Place | None:
     """Walk from the root to the tensor and drop what PEFT and other wrappers put in between; None
     for what takes no part in the forward."""
@@ -195,7 +204,7 @@ def _place(key: str, modules: Mapping[str, Any]) -> _Place | None:
             if part == "base_model":
                 continue
             # Prompt learning keeps its parameters here, and another name for the embeddings.
-            if part != "prompt_encoder" or module._adapters_disabled:
+            if part != "prompt_encoder" or _is_disabled(module):
                 return None
             if following != module.active_adapter:
                 return None

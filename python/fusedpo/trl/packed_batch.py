@@ -199,11 +199,16 @@ def _version(tensor: Tensor) -> int:
 
 def _sequence(ids: Any, real: Any, scored: Any) -> Group:
     """One padded row [T] as a prompt with one completion."""
+    if (scored & ~real).any():
+        raise NotShareableError(
+            "a row of the batch has completion_mask 1 where attention_mask is 0: padded rows score "
+            "that padding"
+        )
     columns = np.flatnonzero(real)
     if not len(columns):
         return Group(ids[:0], [ids[:0]])
     start, end = int(columns[0]), int(columns[-1]) + 1
-    prompt = end - int((scored & real).sum())
+    prompt = end - int(scored.sum())
     if end - start != len(columns) or not scored[prompt:end].all():
         raise NotShareableError(
             "a row of the batch is not a prompt, then a completion, without gaps "

@@ -225,7 +225,7 @@ class StoredReference:
             )
         trainer.accelerator.print(
             f"fusedpo: {self.path}: {name}: scored {report.scored} records, {report.tokens} tokens "
-            f"in {report.seconds:.1f} s"
+            f"in {report.seconds:.1f} s ({report.computed} computed; {report.padded} if padded)"
         )
 
     @property

@@ -6,6 +6,7 @@ it returns for each scored token goes back to its place in [2B, T - 1].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,28 +33,24 @@ class SharedPrompts:
         Raises:
             ValueError: `mode` is True, and a model is not known to be exact.
         """
-        # Not the trainer itself: a cycle would keep it, and DDP's threads in it, until Python ends.
-        self._print = trainer.accelerator.print
         self._mode = mode
         reason = None if mode is False else why_not_shared(trainer)
         self.active = mode is not False and reason is None
         if reason is not None:
-            self._give_up(reason)
+            self._give_up(reason, trainer.accelerator.print)
         if not self.active:
             return
         for model in _models(trainer):
             use_packed_attention(model)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, say: Callable[[str], None]) -> None:
         if self._mode is True:
             raise ValueError(
                 "share_prompts=True must have a model and batches for which it is exact; "
                 f"{reason}. Pass share_prompts='auto' or False to train on padded batches."
             )
         self.active = False
-        self._print(
-            f"fusedpo: prompts are not shared, batches are padded as TRL pads them: {reason}"
-        )
+        say(f"fusedpo: prompts are not shared, batches are padded as TRL pads them: {reason}")
 
     def collator(self, collator: Any, dataset: Any, accelerator: Any) -> Any:
         """Return the collator of a loader that is about to be made for `dataset`."""
@@ -76,7 +73,7 @@ class SharedPrompts:
                 # Not from our collator, or changed since: this waits for the device.
                 packed = pack_batch(inputs)
             except NotShareableError as error:
-                self._give_up(str(error))
+                self._give_up(str(error), print)  # perhaps on this rank alone
                 return None
         batch: PackedBatch = packed.to(inputs["input_ids"].device, non_blocking=True)
         inputs[KEY] = batch
