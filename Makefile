@@ -9,8 +9,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 TEST_ARGS ?=
-# Each with the newest transformers, datasets, accelerate and peft, which work with all of these; the
-# first with old ones, the oldest that it or fusedpo takes.
+# Each with the newest transformers, datasets, accelerate and peft, which work with all of these; but
+# the first with the oldest that are tried.
 TRL_VERSIONS ?= 1.9.2 1.13.0 1.14.2 1.15.0 1.16.0
 WITH_TRL_1.9.2 := transformers==4.56.2 datasets==4.7.0 accelerate==1.10.1 peft==0.17.1
 FUZZ_SECONDS ?= 20

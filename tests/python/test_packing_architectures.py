@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -87,6 +88,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 # Windows of models that most often have none.
 _EVERY = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 WINDOWS: dict[str, dict[str, Any]] = {
+    # Has none, though it may stand in the config.
+    "llama": {"sliding_window": 5},
     "mixtral": {"sliding_window": 5},
     "qwen3": _EVERY,
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 5},
@@ -202,6 +205,8 @@ def test_options_that_break_exactness_are_refused_by_name() -> None:
         windows = make(*CASES["qwen2_moe"], **_EVERY)
         assert "sliding window to the mask" in str(why_not_exact(windows))
         assert "sliding_window" in str(why_not_exact(make(*CASES["olmoe"], sliding_window=5)))
+    unused = make(*CASES["smollm3"], **_MIXED, use_sliding_window=False)
+    assert "its mask has a sliding window" in str(why_not_exact(unused))
     noisy = make("Mixtral", CASES["mixtral"][1] | {"router_jitter_noise": 0.1})
     assert "router_jitter_noise" in str(why_not_exact(noisy))
     llama.config._attn_implementation = "flex_attention"
@@ -288,13 +293,27 @@ def test_attention_that_is_not_transformers_own_is_refused(monkeypatch: Any) -> 
     assert why_not_exact(model) is None
     own = transformers.models.llama.modeling_llama.LlamaAttention
 
+    class Fast(torch.nn.Module):
+        def forward(self, *arguments: Any, **keywords: Any) -> Any:
+            raise AssertionError("never called")
+
+    model.model.layers[1].self_attn = Fast()
+    assert "model.layers.1.self_attn" in str(why_not_exact(model))
+
     def fast(self: Any, *arguments: Any, **keywords: Any) -> Any:
         raise AssertionError("never called")
 
-    monkeypatch.setattr(own, "forward", fast)
-    reason = str(why_not_exact(make("Llama", {})))
-    assert "LlamaAttention" in reason
-    assert __name__ in reason
+    disguised = functools.wraps(own.forward)(lambda *_, **__: None)
+    for replacement in (fast, disguised):
+        monkeypatch.setattr(own, "forward", replacement)
+        model = make("Llama", {})
+        for _ in range(2):  # as it is, and below a hook
+            reason = str(why_not_exact(model))
+            assert "model.layers.0.self_attn" in reason
+            assert __name__ in reason
+            attention = model.model.layers[0].self_attn
+            accelerate.hooks.add_hook_to_module(attention, accelerate.hooks.ModelHook())
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("told", [0, 2])

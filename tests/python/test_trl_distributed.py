@@ -46,7 +46,7 @@ ACCELERATE = [
 ]
 CHECKS = ["ddp_logs", "store", "ddp", "fsdp2"]
 # Transformers before 5 cannot load an optimizer's state to "cpu:0", as a CPU is called on a rank;
-# it splits no head, and leaves each rank the gradients of norms for its own attention heads.
+# its tensor parallelism splits no head, and gives norms the gradients of a rank's own heads only.
 if not BEFORE_5:
     CHECKS += ["resume", "tensor_parallel"]
 

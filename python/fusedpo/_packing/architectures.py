@@ -9,7 +9,6 @@ rows.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -52,6 +51,23 @@ EXACT_MODEL_TYPES = frozenset(
         "seed_oss",
         "smollm3",
         "starcoder2",
+    }
+)
+# Whose layers have config.sliding_window: all of them, or those that config.layer_types names.
+# Others have none, whatever the config says.
+_WINDOW_IN_ALL = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"})
+_WINDOW_BY_TYPE = frozenset(
+    {
+        "cohere2",
+        "exaone4",
+        "gemma2",
+        "gemma3_text",
+        "gpt_oss",
+        "ministral",
+        "olmo3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
     }
 )
 # Their layers hand keyword arguments down to attention since this release.
@@ -110,15 +126,27 @@ def why_not_exact(model: Any) -> str | None:
 def _replaced_attention(model: Any) -> str | None:
     """What runs in the place of transformers' own attention layers, which libraries replace for
     speed."""
-    for module in model.modules():
-        name = type(module).__name__
-        if not name.endswith("Attention"):
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] not in ("self_attn", "attn", "attention"):
             continue
-        # accelerate keeps what it puts its hooks around.
-        forward = inspect.unwrap(getattr(module, "_old_forward", module.forward))
-        if not forward.__module__.startswith("transformers."):
-            return f"the forward of {name} is that of {forward.__module__}, not transformers' own"
+        # accelerate keeps here what it puts its hooks around.
+        forward = getattr(module, "_old_forward", module.forward)
+        function = getattr(forward, "__func__", forward)
+        # Not __module__, which a replacement may have copied (functools.wraps).
+        home = getattr(function, "__globals__", {}).get("__name__", function.__module__)
+        if not home.startswith(("transformers.", "torch.")):
+            return f"the forward of {path} comes from {home}, not from transformers"
     return None
+
+
+def windowed_layers(config: Any) -> int:
+    """How many layers of a model on the list tell attention a sliding window."""
+    if getattr(config, "sliding_window", None) is None:
+        return 0
+    if config.model_type in _WINDOW_IN_ALL:
+        return int(config.num_hidden_layers)
+    kinds = config.layer_types if config.model_type in _WINDOW_BY_TYPE else []
+    return int(kinds.count("sliding_attention"))
 
 
 def _unusual_option(config: Any) -> str | None:
@@ -130,6 +158,8 @@ def _unusual_option(config: Any) -> str | None:
     windows = "sliding_attention" in (options.get("layer_types") or ())
     if config.model_type == "qwen2_moe" and windows:
         return "its layers keep their sliding window to the mask, which packed rows do not have"
+    if config.model_type == "smollm3" and windows and not options.get("use_sliding_window"):
+        return "its mask has a sliding window (layer_types) that its layers do not have"
     if config.model_type == "olmoe" and options.get("sliding_window"):
         return "its layers have a sliding_window that its mask does not have"
     scaled = not options.get("scale_attn_weights", True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .architectures import windowed_layers
 from .attention import packed_arguments
 from .layout import Packed
 from .table import SegmentTable
@@ -46,7 +47,7 @@ def segment_table(packed: Packed) -> SegmentTable:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _check_received(table: SegmentTable, backbone: Any, config: Any) -> None:
-    layers, windows = config.num_hidden_layers, _windowed_layers(config)
+    layers, windows = config.num_hidden_layers, windowed_layers(config)
     if table.calls < layers:
         problem = f"{table.calls} of {layers} layers received the layout of a packed row"
     elif table.windowed != windows:
@@ -57,15 +58,6 @@ def _check_received(table: SegmentTable, backbone: Any, config: Any) -> None:
         f"{type(backbone).__name__}: {problem}. Pass share_prompts=False, and report the model and "
         "the version of transformers."
     )
-
-
-def _windowed_layers(config: Any) -> int:
-    """How many layers have a sliding window: those that layer_types names, or, without it, all."""
-    if getattr(config, "sliding_window", None) is None:
-        return 0
-    kinds = getattr(config, "layer_types", None)
-    layers = config.num_hidden_layers if kinds is None else kinds.count("sliding_attention")
-    return int(layers)
 
 
 def repeated(router_logits: Sequence[Tensor], packed: Packed) -> tuple[Tensor, ...]:

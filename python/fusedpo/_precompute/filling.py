@@ -50,7 +50,9 @@ class PrecomputeReport:
     scored: int  # by this process
     tokens: int  # prompt and completion tokens that this process scored
     computed: int  # tokens that the model computed for them
-    padded: int  # tokens that it would have computed in the batches of share_prompts=False
+    # Tokens that it would have computed in padded batches. A rank's share of these holds other
+    # records than its share of packed ones: only sums over all ranks compare.
+    padded: int
     seconds: float  # of scoring, without loading and tokenising
     rank: int
     world_size: int
@@ -156,9 +158,9 @@ def fill(
     share = own(packed=packed)
     todo = incomplete(share)
     computed = sum(tokens_of(index, batch.members, packed=packed) for batch in todo)
-    # Padded batches of one budget are others: of records that are nearer in length.
+    # Within the same budget padded batches would hold other records, nearer in length.
     padded = computed
-    if packed:
+    if packed and todo:
         rows = incomplete(own(packed=False))
         padded = sum(tokens_of(index, batch.members, packed=False) for batch in rows)
     tokens = [int(index.length[batch.members].sum()) for batch in todo]

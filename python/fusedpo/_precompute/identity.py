@@ -183,7 +183,7 @@ def _is_disabled(prompt_learning: Any) -> bool:
     if disabled is not None:
         return disabled
     # PEFT 0.17 and older have no flag: there the base model's forward takes the place of its own.
-    return bool(prompt_learning.forward == prompt_learning.base_model.forward)
+    return getattr(prompt_learning.forward, "__self__", prompt_learning) is not prompt_learning
 
 
 def _place(key: str, modules: Mapping[str, Any]) -> _Place | None:

@@ -56,7 +56,9 @@ def precompute_text(report: PrecomputeReport) -> str:
     if report.scored:
         rate = report.tokens / max(report.seconds, 1e-9)
         lines.append(f"{report.tokens} tokens in {report.seconds:.1f} s, {rate:.0f} tokens/s")
-        lines.append(f"{report.computed} tokens computed; {report.padded} in padded batches")
+        lines.append(
+            f"{report.computed} tokens computed; padded batches would have {report.padded}"
+        )
     if report.not_shared is not None:
         lines.append(f"prompts were not shared: {report.not_shared}")
     if report.without_tokens:

@@ -225,7 +225,8 @@ class StoredReference:
             )
         trainer.accelerator.print(
             f"fusedpo: {self.path}: {name}: scored {report.scored} records, {report.tokens} tokens "
-            f"in {report.seconds:.1f} s ({report.computed} computed; {report.padded} if padded)"
+            f"in {report.seconds:.1f} s; {report.computed} computed, padded batches would have "
+            f"{report.padded}"
         )
 
     @property
