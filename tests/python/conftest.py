@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 import random
-import unittest.mock
-from collections.abc import Iterator
 
 import cuda_host_ops
 import fusedpo
@@ -24,14 +22,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """Before transformers 5 a trainer in bf16 leaves that to all that follow in its process."""
-    with unittest.mock.patch.dict(os.environ):
-        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-        yield
-
-
 def _why_skip(item: pytest.Item) -> str | None:
     if item.get_closest_marker("real_data") and not os.environ.get("FUSEDPO_REAL_DATA"):
         return "real data: set FUSEDPO_REAL_DATA to the folder with models/ and preferences/"
@@ -45,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = _why_skip(item)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before transformers 5 a trainer in bf16 leaves that to all that follow in its process, so it
+    is forgotten here, before the fixtures of a test, of its module, too."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 def pytest_report_header() -> list[str]:
