@@ -39,9 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Before transformers 5 a trainer in bf16 leaves that to all that follow in its process, so it
-    is forgotten here, before the fixtures of a test, of its module, too."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    """Before transformers 5 a trainer leaves its precision and torch.compile to all that follow in
+    its process, by the environment. Forgotten here, before the fixtures of a test and its module.
+    """
+    for name in [each for each in os.environ if each.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 def pytest_report_header() -> list[str]:
