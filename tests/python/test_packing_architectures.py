@@ -277,8 +277,11 @@ def test_adapters_in_a_plain_model_and_classes_of_fsdp_are_looked_through() -> N
 def test_adapters_that_see_positions_are_refused() -> None:
     prompt = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     assert "PROMPT_TUNING" in str(why_not_exact(peft.get_peft_model(make("Llama", {}), prompt)))
+
+
+def test_activated_lora_is_refused() -> None:
     if "alora_invocation_tokens" not in inspect.signature(peft.LoraConfig).parameters:
-        return  # this PEFT has no activated LoRA
+        pytest.skip(f"PEFT {peft.__version__} has no activated LoRA")
     activated = peft.LoraConfig(
         r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[7]
     )

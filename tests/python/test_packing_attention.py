@@ -69,17 +69,19 @@ def test_dropout_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "flash", "repeated"),
+    ("device", "dtype", "flash", "repeated"),
     [
-        (torch.bfloat16, True, False),
-        (torch.bfloat16, False, True),  # before Ampere
-        (torch.float32, True, True),
+        ("cuda", torch.bfloat16, True, False),
+        ("cuda", torch.bfloat16, False, True),  # before Ampere
+        ("cuda", torch.float32, True, True),
+        ("mps", torch.float32, False, True),
+        ("cpu", torch.float32, False, False),
     ],
 )
-def test_key_heads_are_repeated_for_cuda_where_flash_attention_does_not_run(
-    dtype: torch.dtype, flash: bool, repeated: bool, monkeypatch: pytest.MonkeyPatch
+def test_key_heads_are_repeated_where_a_device_may_refuse_fewer(
+    device: str, dtype: torch.dtype, flash: bool, repeated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its other fused kernels refuse grouped heads, and all scores would be formed."""
+    """CUDA's fused kernels but flash attention refuse them, and all scores would be formed."""
     key_heads = []
 
     def records(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool, **_: Any) -> Tensor:
@@ -92,6 +94,6 @@ def test_key_heads_are_repeated_for_cuda_where_flash_attention_does_not_run(
     monkeypatch.setattr(F, "scaled_dot_product_attention", records)
     table = SegmentTable(pack(make_groups([(4, (3,))])).segments)
     q, k = (torch.zeros(1, heads, 7, SIZE, dtype=dtype) for heads in (4, 2))
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device(device), raising=False)
     attention._fused(q, k, k, table, None, None)
     assert key_heads == [4 if repeated else 2]

@@ -161,8 +161,8 @@ def fill(
     # Within the same budget padded batches would hold other records, nearer in length.
     padded = computed
     if packed and todo:
-        rows = incomplete(own(packed=False))
-        padded = sum(tokens_of(index, batch.members, packed=False) for batch in rows)
+        instead = incomplete(own(packed=False))
+        padded = sum(tokens_of(index, batch.members, packed=False) for batch in instead)
     tokens = [int(index.length[batch.members].sum()) for batch in todo]
     scored, start = 0, time.monotonic()
     progress.start(int((~missing).sum()), len(index), sum(tokens))
