@@ -108,6 +108,37 @@ def test_contestant_whose_logs_differ_is_wrong_and_has_no_time(monkeypatch, caps
     assert "patch         WRONG: 125.0 times" in capsys.readouterr().out
 
 
+def test_half_precision_is_compared_with_trl_in_fp32(monkeypatch, capsys):
+    from benchmarks import dpo_step
+
+    # As far from fp32 as TRL, on the other side; the one that equals TRL to the bit is no better.
+    runs = {"trl": run_of(entropy=4.06), "patch": run_of(entropy=4.06), "shared": run_of(2.0)}
+    runs |= {"fused": run_of(2.0, entropy=3.96), "fused+store": run_of(2.0, entropy=3.8)}
+    asked = []
+
+    def child(each, what, _folder):
+        asked.append((each.dtype, what))
+        return json.loads(json.dumps(run_of() if each.dtype == "fp32" else runs.get(what, {})))
+
+    monkeypatch.setattr(dpo_step, "child", child)
+    found = dpo_step.measure(case(dtype="amp"), list(runs))["runs"]
+    wanted = {"trl": 0.75, "patch": 0.75, "shared": 0.0, "fused": 0.5, "fused+store": 2.5}
+    assert {name: run["difference"] for name, run in found.items()} == pytest.approx(wanted)
+    assert "fused+store   WRONG: 2.5 times" in capsys.readouterr().out
+    assert [name for name, run in found.items() if "step" not in run] == ["fused+store"]
+    assert asked.count(("fp32", "trl")) == 1
+    # The logs of a twin in fp32 spare its run; nobody has to be closer to it than TRL is.
+    twin = {"case": dpo_step.described(case(data="/a/pairs.jsonl")), "runs": {"trl": run_of()}}
+    logs = dpo_step.logs_in_fp32(case(data="/b/pairs.jsonl", dtype="amp"), [twin])
+    assert logs == run_of()["logs"]
+    assert dpo_step.logs_in_fp32(case(dtype="amp", train="full"), [twin]) is None
+    asked.clear()
+    runs["trl"] = run_of(entropy=4.3)
+    found = dpo_step.measure(case(dtype="amp"), list(runs), logs)["runs"]
+    assert all("step" in run for run in found.values())
+    assert ("fp32", "trl") not in asked
+
+
 # ---- cases of an earlier run --------------------------------------------------------------------
 
 
@@ -139,7 +170,7 @@ def test_added_cases_replace_their_own_and_leave_the_others(monkeypatch, tmp_pat
     path = tmp_path / "dpo_step.json"
     seen = []
 
-    def measure(each, _contestants):
+    def measure(each, _contestants, _exact):
         seen.append(len(json.loads(path.read_text())["cases"]) if path.exists() else 0)
         names = {"data": f"{each.data.rsplit('/', 1)[1]}"}
         return {"case": each._asdict() | names, "runs": {"trl": run_of(len(seen))}}
