@@ -33,7 +33,7 @@ DTYPES = {"fp32": "fp32", "bf16": "bf16", "amp": "fp32 under bf16 autocast"}
 
 def step_table(path: pathlib.Path) -> str:
     content = json.loads(path.read_text(encoding="utf-8"))
-    env, cases = content["environment"], content["cases"]
+    env, cases = content["environment"], _in_order(content["cases"])
     layers = sorted({case["case"]["layers"] for case in cases})
     lines = [
         "Whole steps of DPO on real prompts, Qwen2.5-0.5B's shape with "
@@ -65,6 +65,22 @@ def step_table(path: pathlib.Path) -> str:
             readme_cpu.sources(path, common.commits_of(content, _title)),
         ]
     )
+
+
+def _in_order(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """File by file, whatever was measured first."""
+    files = list(dict.fromkeys(case["file"] for case in cases))
+
+    def key(case: dict[str, Any]) -> tuple[Any, ...]:
+        what = case["case"]
+        return (
+            files.index(case["file"]),
+            what["pairs"],
+            what["dtype"] != "fp32",
+            what["train"] != "lora",
+        )
+
+    return sorted(cases, key=key)
 
 
 def _title(case: Mapping[str, Any]) -> str:
