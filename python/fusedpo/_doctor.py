@@ -16,6 +16,7 @@ import torch
 
 import fusedpo
 from fusedpo import _load
+from fusedpo._bf16 import slow_bf16
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -192,6 +193,11 @@ def _remedies(report: dict[str, Any]) -> list[str]:
     remedies += [
         f"{row['package']}: {row['problem']}" for row in report["versions"] if row["problem"]
     ]
+    slow = slow_bf16()
+    if slow is not None:
+        remedies.append(
+            f"bf16: {slow}; train with bf16=False, which is True in TRL's configurations"
+        )
     return remedies
 
 

@@ -19,6 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
+from fusedpo._bf16 import slow_bf16
 from fusedpo._packing.architectures import check_mode
 from fusedpo._precompute.reference import check_head
 from fusedpo.trl import packed_batch, ref_images
@@ -123,6 +124,7 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "by accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         require_whole_sequences(self.accelerator, stored_reference=store is not None)
+        self._tell_slow_bf16()
         self._shared_prompts = SharedPrompts(self, share_prompts)
         self._refuse_store_of_shards()
         if store is not None and not self._is_sharded():
@@ -157,6 +159,14 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             return dataset
         self._refuse_store_of_shards()
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _tell_slow_bf16(self) -> None:
+        slow = slow_bf16(self.accelerator.device)
+        if slow is not None and self.accelerator.mixed_precision == "bf16":
+            self.accelerator.print(
+                f"fusedpo: {slow}. Pass bf16=False, which is True by default, to "
+                f"{type(self.args).__name__}."
+            )
 
     def _refuse_store_of_shards(self) -> None:
         store = self._store_options
