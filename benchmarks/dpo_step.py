@@ -86,10 +86,14 @@ def described(case: Case) -> dict[str, Any]:
     return case._asdict() | names
 
 
-def logs_in_fp32(case: Case, results: list[dict[str, Any]]) -> list[dict[str, float]] | None:
-    """What plain TRL logged in the case's twin in fp32, where that is among the results."""
+def logs_in_fp32(
+    case: Case, results: list[dict[str, Any]], commit: str | None
+) -> list[dict[str, float]] | None:
+    """What plain TRL logged in the case's twin in fp32, where that is among the results, of this
+    commit: at another the benchmark may have trained otherwise."""
     twin = described(case._replace(dtype="fp32"))
-    return next((each["runs"]["trl"]["logs"] for each in results if each["case"] == twin), None)
+    found = (each for each in results if each["case"] == twin and each["commit"] == commit)
+    return next((each["runs"]["trl"]["logs"] for each in found), None)
 
 
 def measure(
@@ -110,16 +114,29 @@ def measure(
             run["difference"] = worst_difference(run["logs"], trl["logs"], allowed)
             if run["difference"] > 1 and case.dtype != "fp32":
                 exact = exact or child(case._replace(dtype="fp32"), "trl", folder)["logs"]
-                from_fp32 = worst_difference(run["logs"], exact, allowed)
-                run["difference"] = min(run["difference"], from_fp32)
-            if run["difference"] > 1:
+                run["difference_from_fp32"] = worst_difference(run["logs"], exact, allowed)
+            problem = what_is_wrong(run, trl)
+            if problem is not None:
                 del run["step"]
-                print(f" WRONG: {run['difference']:.1f} times the allowed difference from TRL")
+                print(f" WRONG: {problem}")
             else:
                 compare(run, trl, case)
-                print(f"{line(run)}, logs {run['difference']:4.2f} of what may differ")
+                print(f"{line(run)}  logs {difference_of(run):4.2f} of what may differ")
             runs[name] = run
     return result
+
+
+def difference_of(run: dict[str, Any]) -> float:
+    return min(run["difference"], run.get("difference_from_fp32", run["difference"]))
+
+
+def what_is_wrong(run: dict[str, Any], trl: dict[str, Any]) -> str | None:
+    """Why a contestant's times are not to be compared with TRL's."""
+    if run["products"] != trl["products"]:
+        return f"its layers multiply in {run['products']}, TRL's in {trl['products']}"
+    if difference_of(run) > 1:
+        return f"{difference_of(run):.1f} times the allowed difference from TRL"
+    return None
 
 
 def card(environment: dict[str, Any]) -> str | None:
@@ -210,8 +227,9 @@ def main(arguments: list[str] | None = None) -> None:
     results = earlier(output, environment) if options.add else []
     for file, case in cases_of(options):
         print(f"{file}, {case.pairs} pairs, {case.train}, {case.dtype}, {case.layers} layers")
-        found = {"file": file, "commit": environment["commit"]}
-        found |= measure(case, list(options.contestants), logs_in_fp32(case, results))
+        commit = environment["commit"]
+        found = {"file": file, "commit": commit}
+        found |= measure(case, list(options.contestants), logs_in_fp32(case, results, commit))
         results = [r for r in results if r["case"] != found["case"]] + [found]
         # After each case: a run that is stopped leaves what it has.
         common.write(output, {**content, "cases": results})

@@ -129,6 +129,17 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.backbone[-1] += (now() - self._began) * self._layers / (self._layers - 1)
 
 
+def watch_products(model: Any) -> set[str]:
+    """The types that the first layer's query projection returns, filled in as it runs: a contestant
+    that falls back to fp32 under autocast would log what is right, and be timed for other work."""
+    seen: set[str] = set()
+    name = next(name for name, _ in model.named_modules() if name.endswith("q_proj"))
+    model.get_submodule(name).register_forward_hook(
+        lambda _module, _inputs, output: seen.add(str(output.dtype).removeprefix("torch."))
+    )
+    return seen
+
+
 def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -209,12 +220,14 @@ def run(case: Case, name: str, folder: pathlib.Path) -> dict[str, Any]:
     with patch_trl() if contestant.patch else contextlib.nullcontext():
         with contextlib.redirect_stdout(sys.stderr):
             trainer = make_trainer(case, contestant, folder, clock)
+        products = watch_products(trainer.model)
         with Peak(case.device) as peak, contextlib.redirect_stdout(sys.stderr):
             trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     tokens = clock.tokens[1:]
     return {
         "logs": logs,
+        "products": sorted(products),
         "step": common.summary(clock.steps[1:]),
         "backbone_s": statistics.mean(clock.backbone[1:]),
         "tokens": {

@@ -62,7 +62,7 @@ def step_table(path: pathlib.Path) -> str:
             "how many times fewer tokens; both score the reference in every step, too. The last "
             "column is what shared prompts alone bring to a step.",
             "",
-            readme_cpu.sources(path, common.commits_of(content, _title)),
+            readme_cpu.sources(path, common.commits_of(content | {"cases": cases}, _title)),
         ]
     )
 

@@ -31,6 +31,7 @@ def main(method="simpo", model="Qwen/Qwen2.5-0.5B-Instruct", data=None):
         logging_steps=1,
         report_to="none",
         use_cpu=not torch.accelerator.is_available(),
+        bf16=torch.accelerator.is_available(),  # slow on many CPUs
         **options,
     )
     with patch_trl():

@@ -19,14 +19,17 @@ if len(sys.argv) > 2:
 else:
     dataset = load_dataset("trl-lib/ultrafeedback_binarized", split="train")
 
-report = fusedpo.precompute(model, dataset, "refs")
+# As the training will compute: bf16, TRL's default, is slow on many CPUs.
+accelerator = torch.accelerator.is_available()
+report = fusedpo.precompute(model, dataset, "refs", autocast="bf16" if accelerator else "no")
 print(f"{report.found} of {report.records} records were there, {report.scored} were scored")
 
 config = DPOConfig(
     output_dir="dpo_output",
     logging_steps=1,
     report_to="none",
-    use_cpu=not torch.accelerator.is_available(),
+    use_cpu=not accelerator,
+    bf16=accelerator,
 )
 # ref_miss="error": a training that would score anything itself stops before the first step.
 trainer = FusedDPOTrainer(

@@ -21,6 +21,7 @@ config = DPOConfig(
     logging_steps=1,
     report_to="none",
     use_cpu=not torch.accelerator.is_available(),
+    bf16=torch.accelerator.is_available(),  # slow on many CPUs
 )
 trainer = FusedDPOTrainer(model, args=config, train_dataset=dataset)
 trainer.train()

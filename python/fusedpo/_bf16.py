@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -22,3 +24,7 @@ def slow_bf16(device: torch.device | str | None = None) -> str | None:
         "torch has no fast bf16 matrix products for this processor, and needs many times as long "
         "as in fp32"
     )
+
+
+def has_bf16_weights(model: Any) -> bool:
+    return any(each.dtype == torch.bfloat16 for each in model.parameters())

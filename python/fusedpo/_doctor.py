@@ -193,11 +193,9 @@ def _remedies(report: dict[str, Any]) -> list[str]:
     remedies += [
         f"{row['package']}: {row['problem']}" for row in report["versions"] if row["problem"]
     ]
-    slow = slow_bf16()
+    slow = None if _load.torch_too_old() else slow_bf16()
     if slow is not None:
-        remedies.append(
-            f"bf16: {slow}; train with bf16=False, which is True in TRL's configurations"
-        )
+        remedies.append(f"bf16: {slow}; TRL's configurations have it on by default: bf16=False")
     return remedies
 
 

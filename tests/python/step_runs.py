@@ -61,6 +61,7 @@ def run_of(
     """What a contestant's process reports."""
     return {
         "logs": [LOGGED | {"entropy": entropy}],
+        "products": ["float32"],
         "step": {"median_s": step},
         "backbone_s": backbone,
         "tokens": {"computed": tokens, "per_s": tokens / step},

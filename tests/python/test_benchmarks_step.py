@@ -123,21 +123,36 @@ def test_half_precision_must_agree_with_trl_at_that_precision_or_in_fp32(monkeyp
     monkeypatch.setattr(dpo_step, "child", child)
     found = dpo_step.measure(case(dtype="amp"), list(runs))["runs"]
     scale = 4.06 * 2e-2
-    wanted = {"trl": 0.0, "patch": 0.04 / scale, "fused": 0.06 / scale}
-    wanted |= {"shared": 0.5, "shared+store": 2.5}  # from fp32: that is closer
-    assert {name: run["difference"] for name, run in found.items()} == pytest.approx(wanted)
+    from_trl = {"trl": 0, "patch": 0.04, "fused": 0.06, "shared": 0.1, "shared+store": 0.26}
+    for name, run in found.items():
+        assert run["difference"] == pytest.approx(from_trl[name] / scale)
+    from_fp32 = {
+        name: each["difference_from_fp32"]
+        for name, each in found.items()
+        if "difference_from_fp32" in each
+    }
+    assert from_fp32 == pytest.approx({"shared": 0.5, "shared+store": 2.5})
     assert "shared+store  WRONG: 2.5 times" in capsys.readouterr().out
     assert [name for name, run in found.items() if "step" not in run] == ["shared+store"]
     assert asked.count(("fp32", "trl")) == 1  # the first time that it is needed
-    # The logs of a twin in fp32 spare its run.
-    twin = {"case": dpo_step.described(case(data="/a/pairs.jsonl")), "runs": {"trl": run_of()}}
-    logs = dpo_step.logs_in_fp32(case(data="/b/pairs.jsonl", dtype="amp"), [twin])
-    assert logs == run_of()["logs"]
-    assert dpo_step.logs_in_fp32(case(dtype="amp", train="full"), [twin]) is None
+
     asked.clear()
-    again = dpo_step.measure(case(dtype="amp"), list(runs), logs)["runs"]
-    assert {name: run["difference"] for name, run in again.items()} == pytest.approx(wanted)
+    again = dpo_step.measure(case(dtype="amp"), list(runs), [LOGGED])["runs"]
+    assert [run["difference"] for run in again.values()] == [
+        run["difference"] for run in found.values()
+    ]
     assert ("fp32", "trl") not in asked
+
+
+def test_contestant_that_multiplies_in_another_type_is_wrong_though_its_logs_agree(
+    monkeypatch, capsys
+):
+    runs = {"trl": run_of(), "shared": run_of(1.0) | {"products": ["bfloat16"]}}
+    found = measured(monkeypatch, runs)["runs"]
+    assert found["shared"]["difference"] == 0
+    assert "step" not in found["shared"]
+    told = "shared        WRONG: its layers multiply in ['bfloat16'], TRL's in ['float32']"
+    assert told in capsys.readouterr().out
 
 
 # ---- cases of an earlier run --------------------------------------------------------------------
@@ -169,9 +184,10 @@ def test_added_cases_replace_their_own_and_leave_the_others(monkeypatch, tmp_pat
     from benchmarks import dpo_step
 
     path = tmp_path / "dpo_step.json"
-    seen = []
+    seen, known = [], []
 
-    def measure(each, _contestants, _exact):
+    def measure(each, _contestants, exact):
+        known.append(exact)
         seen.append(len(json.loads(path.read_text())["cases"]) if path.exists() else 0)
         names = {"data": f"{each.data.rsplit('/', 1)[1]}"}
         return {"case": each._asdict() | names, "runs": {"trl": run_of(len(seen))}}
@@ -193,9 +209,14 @@ def test_added_cases_replace_their_own_and_leave_the_others(monkeypatch, tmp_pat
     environment["commit"] = "fedcba"
     added = run("--add", "--files", "a", "--dtype", "fp32", "amp")
     assert added == [("b", "fp32", 2), ("a", "fp32", 3), ("a", "amp", 4)]
+    assert known == [None, None, None, [LOGGED]]  # the last has a twin in fp32
     commits = [each["commit"] for each in json.loads(path.read_text())["cases"]]
     assert commits == [ENVIRONMENT["commit"], "fedcba", "fedcba"]
-    assert run("--files", "b", "--dtype", "amp") == [("b", "amp", 5)]
+    run("--add", "--files", "b", "--dtype", "amp")
+    assert known[4:] == [None]  # its twin is of another commit
+    run("--add", "--files", "a", "--dtype", "amp")
+    assert known[5:] == [[LOGGED]]
+    assert run("--files", "b", "--dtype", "amp") == [("b", "amp", 7)]
     assert "rehearsal" not in json.loads(path.read_text())
     run("--rehearse", "--files", "b", "--dtype", "amp")
     assert json.loads(path.read_text())["rehearsal"]
@@ -296,6 +317,7 @@ def test_all_contestants_train_alike_and_each_target_finds_its_figure(tiny, monk
     for each in content["cases"]:
         runs = each["runs"]
         assert all(run["difference"] <= 1 for run in runs.values())
+        assert all(run["products"] == ["float32"] for run in runs.values())
         computed = {name: run["tokens"]["computed"] for name, run in runs.items()}
         assert computed["trl"] == computed["patch"] == computed["fused+store"]
         assert computed["shared"] == computed["shared+store"] < 0.8 * computed["trl"]
@@ -304,3 +326,16 @@ def test_all_contestants_train_alike_and_each_target_finds_its_figure(tiny, monk
     rows = judge.rows(targets_step.targets({"dpo_step": content}), {"dpo_step": content})
     figures = [row for row in rows if row["measured"] is not None]
     assert len(figures) == 2 * len(targets_step.KINDS)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_contestants_multiply_in_half_precision_under_autocast(tiny):
+    from benchmarks import dpo_step
+
+    path = tiny / "dpo_step.json"
+    options = ["--data", str(tiny), "--tokenizer", str(tiny / "tokenizer"), "--files", "pairs"]
+    options += ["--batch", "4", "--dtype", "amp", "--layers", "2", "--steps", "1"]
+    options += ["--train", "lora", "--contestants", "trl", "fused", "shared"]
+    dpo_step.main([*options, "--output", str(path)])
+    (found,) = json.loads(path.read_text())["cases"]
+    assert [run["products"] for run in found["runs"].values()] == [["bfloat16"]] * 3

@@ -130,6 +130,24 @@ def test_step_table_shows_backbone_and_what_sharing_alone_brings(project):
     )
 
 
+def test_step_table_is_in_order_whatever_was_measured_first(project):
+    from benchmarks import readme
+
+    content = imaginary_cases()
+    lora, full, eight, half = content["cases"]  # of the first file, of the second
+    eight["case"]["pairs"] = 8
+    half["case"]["dtype"] = "amp"
+    content["cases"] = [full, eight, half, lora]
+    (project / "dpo_step.json").write_text(json.dumps(content))
+    lines = readme.step_table(project / "dpo_step.json").splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("|")][2:] == [
+        "| llamafactory-dpo-en, 4, lora, fp32",
+        "| llamafactory-dpo-en, 4, full, fp32",
+        "| pandalm-human, 4, full, fp32 under bf16 autocast",
+        "| pandalm-human, 8, lora, fp32",
+    ]
+
+
 def test_step_table_tells_depths_apart(project):
     from benchmarks import readme
 

@@ -1,4 +1,4 @@
-"""Where bf16, TRL's default, is slower than fp32, every way to use it by mistake says so."""
+"""Where bf16 is slower than fp32, the trainer, `precompute` and the doctor say so."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ WORDS = "torch has no fast bf16 matrix products for this processor"
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether oneDNN has bf16 products, on a machine without accelerator."""
     found: bool = request.param
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: found)
+    name = "_is_mkldnn_bf16_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, name, lambda: found, raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     return found
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_is_mkldnn_bf16_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False, raising=False)
 
 
 def test_cpu_is_slow_where_onednn_has_no_bf16_products(
@@ -33,35 +40,59 @@ def test_cpu_is_slow_where_onednn_has_no_bf16_products(
     assert slow_bf16() is None
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+def test_torch_with_onednn_says_what_it_has() -> None:
+    # Renamed, it would silence every line that is tested here.
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
+
+
 def test_torch_without_onednn_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert slow_bf16("cpu") is None
 
 
-def test_doctor_has_the_remedy(fast: bool) -> None:
-    remedies = [each for each in _doctor.examine()["remedies"] if each.startswith("bf16: ")]
-    assert len(remedies) == (0 if fast else 1)
-    assert all("bf16=False" in each for each in remedies)
+def test_doctor_has_the_remedy(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remedies() -> list[str]:
+        return [each for each in _doctor.examine()["remedies"] if each.startswith("bf16: ")]
+
+    assert len(remedies()) == (0 if fast else 1)
+    assert all("bf16=False" in each for each in remedies())
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    monkeypatch.delattr(torch, "accelerator")  # which torch 2.5 has not
+    assert remedies() == []
 
 
-@pytest.mark.parametrize("autocast", ["auto", "bf16", "fp16", "no"])
-def test_precompute_names_the_option_before_it_scores(
-    fast: bool, autocast: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("autocast", ["auto", "bf16", "no"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_precompute_names_the_options_on_stderr(
+    fast: bool,
+    autocast: str,
+    dtype: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("typer", reason="the command needs the extra cli")
-    from fusedpo import cli
+    pytest.importorskip("trl", reason="precomputing needs TRL")
+    import fusedpo
+    from precompute_helpers import write_inputs
 
-    def scored(*_: Any, **__: Any) -> Any:
-        raise ValueError("scoring")
+    inputs = write_inputs(tmp_path, rows=2)
+    fusedpo.precompute(inputs.model, inputs.data, tmp_path / "refs", dtype=dtype, autocast=autocast)
+    shown = capsys.readouterr()
+    notes = [line for line in shown.err.splitlines() if WORDS in line]
+    wanted = {"autocast 'no'": autocast != "no", "dtype 'float32'": dtype == "bfloat16"}
+    assert len(notes) == (not fast and any(wanted.values()))
+    for note in notes:
+        assert {words: words in note for words in wanted} == wanted
+    assert WORDS not in shown.out  # which is the command's JSON
 
-    monkeypatch.setattr("fusedpo.precompute", scored)
-    words = ["--model", "m", "--data", "d", "--output", "o", "--autocast", autocast]
-    assert cli.main(["precompute", *words]) == 1
-    *notes, end = capsys.readouterr().err.splitlines()
-    assert end == "fusedpo precompute: scoring"
-    assert len(notes) == (1 if autocast in ("auto", "bf16") and not fast else 0)
-    assert all(note.startswith(f"note: {WORDS}") for note in notes)
-    assert all(note.endswith("--autocast no") for note in notes)
+
+def lines_of_trainer(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any) -> Any:
+    pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
+    from fusedpo.trl import FusedDPOTrainer
+    from trl_helpers import make_trainer
+
+    make_trainer(FusedDPOTrainer, *arguments, **options)
+    return [line for line in capsys.readouterr().out.splitlines() if WORDS in line]
 
 
 @pytest.mark.trl
@@ -69,11 +100,25 @@ def test_precompute_names_the_option_before_it_scores(
 def test_trainer_names_the_option_once(
     fast: bool, bf16: bool, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
-    from fusedpo.trl import FusedDPOTrainer
-    from trl_helpers import make_trainer
+    notes = lines_of_trainer(capsys, tmp_path, bf16=bf16)
+    assert len(notes) == (bf16 and not fast)
+    assert all(note.endswith("bf16 is on by default, bf16=False turns it off.") for note in notes)
 
-    make_trainer(FusedDPOTrainer, tmp_path, bf16=bf16)
-    notes = [line for line in capsys.readouterr().out.splitlines() if WORDS in line]
-    assert len(notes) == (1 if bf16 and not fast else 0)
-    assert all("Pass bf16=False" in note and "DPOConfig" in note for note in notes)
+
+@pytest.mark.trl
+@pytest.mark.usefixtures("slow")
+def test_trainer_names_weights_store_and_what_accelerate_was_told(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", reason="fusedpo.trl needs TRL")
+    from trl_helpers import make_model
+
+    store = {"ref_store": tmp_path / "refs"}
+    model = make_model().to(torch.bfloat16)
+    (note,) = lines_of_trainer(capsys, tmp_path, model=model, keywords=store, with_ref_model=False)
+    assert "weights are in bf16, dtype='float32'" in note
+    assert note.endswith("the store must be made in the same precision (autocast, dtype).")
+    assert "bf16=False" not in note
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    (note,) = lines_of_trainer(capsys, tmp_path)
+    assert note.endswith("accelerate was told to use mixed_precision bf16, 'no' turns it off.")

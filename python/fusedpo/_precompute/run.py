@@ -9,9 +9,14 @@ run gives it: a run that was killed and started again ends with the bits of one 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
+
+import torch
+
+from fusedpo._bf16 import has_bf16_weights, slow_bf16
 
 from .filling import PrecomputeReport, Progress, Scorer, combined, fill, open_store
 from .records import index_records
@@ -117,6 +122,8 @@ def precompute(
             attn_implementation=attn_implementation,
             ref_adapter=ref_adapter,
         )
+        if state.is_main_process:
+            _tell_slow_bf16(model, compute_dtype)
         not_shared = None if share_prompts is False else why_not_exact(model)
         if not_shared is not None and share_prompts is True:
             raise ValueError(
@@ -183,6 +190,17 @@ def reference_of(
     identity = model_identity(model, autocast=name)
     check_head(model)
     return model, identity
+
+
+def _tell_slow_bf16(model: Any, autocast: torch.dtype | None) -> None:
+    slow = slow_bf16(next(model.parameters()).device)
+    remedies = []
+    if autocast == torch.bfloat16:
+        remedies.append("autocast 'no' here, bf16=False in the training")
+    if has_bf16_weights(model):
+        remedies.append("weights of dtype 'float32' in both")
+    if slow is not None and remedies:
+        print(f"fusedpo: {slow}. For fp32: {'; '.join(remedies)}.", file=sys.stderr)
 
 
 def require_packages(*, peft: bool) -> None:

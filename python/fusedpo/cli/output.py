@@ -15,12 +15,6 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def note(text: str) -> None:
-    """Say what the user may want to change before the work begins, on stderr."""
-    if is_main_process():
-        print(f"note: {text}", file=sys.stderr)
-
-
 class ProgressBar(Progress):
     """Tokens scored, rate and time left, on stderr."""
 

@@ -9,7 +9,6 @@ import typer
 
 import fusedpo
 from fusedpo import RefStore
-from fusedpo._bf16 import slow_bf16
 from fusedpo._precompute.filling import open_store
 from fusedpo._precompute.run import reference_of, require_packages
 from fusedpo.cli import options as opt
@@ -78,9 +77,6 @@ def precompute(
 ) -> Result:
     """Score a data set with the reference model, into a store; run it again after an interruption,
     and it does what is missing."""
-    slow = slow_bf16()
-    if slow is not None and autocast in ("auto", "bf16"):
-        output.note(f"{slow}. For a training with bf16=False: --autocast no")
     report = fusedpo.precompute(
         model,
         data,

@@ -19,7 +19,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fusedpo import PairLogps, pair_logps
-from fusedpo._bf16 import slow_bf16
 from fusedpo._packing.architectures import check_mode
 from fusedpo._precompute.reference import check_head
 from fusedpo.trl import packed_batch, ref_images
@@ -28,6 +27,7 @@ from fusedpo.trl.construct import construction
 from fusedpo.trl.loss_options import batch_loss, loss_attributes, loss_call
 from fusedpo.trl.metrics import step_metrics
 from fusedpo.trl.parallelism import require_whole_sequences
+from fusedpo.trl.precision import slow_precision
 from fusedpo.trl.ref_store import RefStoreOptions, StoredReference
 from fusedpo.trl.refusals import refuse_arguments, refuse_options
 from fusedpo.trl.shared_prompt import SharedPrompts
@@ -124,7 +124,9 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "by accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         require_whole_sequences(self.accelerator, stored_reference=store is not None)
-        self._tell_slow_bf16()
+        slow = slow_precision(self, stored_reference=store is not None and not store.own)
+        if slow is not None:
+            self.accelerator.print(f"fusedpo: {slow}")
         self._shared_prompts = SharedPrompts(self, share_prompts)
         self._refuse_store_of_shards()
         if store is not None and not self._is_sharded():
@@ -159,14 +161,6 @@ class FusedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             return dataset
         self._refuse_store_of_shards()
         return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def _tell_slow_bf16(self) -> None:
-        slow = slow_bf16(self.accelerator.device)
-        if slow is not None and self.accelerator.mixed_precision == "bf16":
-            self.accelerator.print(
-                f"fusedpo: {slow}. Pass bf16=False, which is True by default, to "
-                f"{type(self.args).__name__}."
-            )
 
     def _refuse_store_of_shards(self) -> None:
         store = self._store_options
