@@ -97,14 +97,14 @@ def logs_in_fp32(
 
 
 def measure(
-    case: Case, contestants: list[str], exact: list[dict[str, float]] | None = None
+    case: Case, contestants: list[str], in_fp32: list[dict[str, float]] | None = None
 ) -> dict[str, Any]:
-    """Run the contestants; `exact`: the logs of plain TRL in fp32, if they are known already."""
+    """Run the contestants; `in_fp32`: the logs of plain TRL in fp32, if they are known already."""
     runs: dict[str, Any] = {}
     result: dict[str, Any] = {"case": described(case), "runs": runs}
     allowed = ALLOWED[case.dtype]
-    with tempfile.TemporaryDirectory() as name_of_folder:
-        folder = pathlib.Path(name_of_folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
         if any(CONTESTANTS[name].store for name in contestants):
             result["store"] = child(case, "store", folder)
         for name in contestants:
@@ -113,8 +113,8 @@ def measure(
             trl = runs.setdefault("trl", run)
             run["difference"] = worst_difference(run["logs"], trl["logs"], allowed)
             if run["difference"] > 1 and case.dtype != "fp32":
-                exact = exact or child(case._replace(dtype="fp32"), "trl", folder)["logs"]
-                run["difference_from_fp32"] = worst_difference(run["logs"], exact, allowed)
+                in_fp32 = in_fp32 or child(case._replace(dtype="fp32"), "trl", folder)["logs"]
+                run["difference_from_fp32"] = worst_difference(run["logs"], in_fp32, allowed)
             problem = what_is_wrong(run, trl)
             if problem is not None:
                 del run["step"]
